@@ -1,0 +1,320 @@
+"""Every option of clipft: its type, unit, default and one line of documentation.
+
+Nothing else defines a default; the YAML files in conf/ state differences from these.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+DURATION_S = {"s": 1, "min": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often something happens: by steps or by seconds, exactly one of them set."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def parse_every(key: str, value: int | str | None) -> Every | None:
+    """A step count (100) or a duration ("90s", "10min", "1h"); None stays None."""
+    if value is None:
+        return None
+    text = str(value).strip()
+    if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
+        return Every(steps=int(text))
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h)", text)
+    if match and float(match[1]) > 0:
+        return Every(seconds=float(match[1]) * DURATION_S[match[2]])
+    raise ValueError(f"{key}={value!r} is neither a step count such as 100 nor a duration such as 90s, 10min or 1h.")
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}={value!r} is unknown. Use one of: {', '.join(choices)}.")
+
+
+def positive(**values: float | None) -> None:
+    """Raise for the first value that is given and not above zero; `__` in a name stands for the dot of its key."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name.replace('__', '.')}={value} must be greater than 0.")
+
+
+def fraction(**values: float | None) -> None:
+    """Raise for the first value that is given and outside 0..1."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name.replace('__', '.')}={value} must lie between 0 and 1.")
+
+
+def as_shards(key: str, value: Any) -> list[str]:
+    """A string or a list of strings (directory, glob, quoted braces), as a list."""
+    values = [value] if isinstance(value, str) else list(value or [])
+    if not all(isinstance(item, str) and item for item in values):
+        raise ValueError(f"{key}={value!r} must be a directory, a glob, quoted braces, or a list of these.")
+    return values
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str
+    """An architecture of open_clip, one of ours (tiny, small), a run directory, or a local open_clip directory."""
+    pretrained: str | None = None
+    """open_clip's weight tag for an architecture; null starts from random weights."""
+    checkpoint: str = "best"
+    """Which weights of a run directory: best, last, or a step number."""
+
+    def __post_init__(self):
+        if self.checkpoint not in ("best", "last") and not self.checkpoint.isdigit():
+            raise ValueError(f"model.checkpoint={self.checkpoint!r} must be best, last, or a step number.")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    name: str | None = None
+    """Names the data in metrics; the folder's name when not given."""
+    path: str | None = None
+    """A packed folder (with shards.json); fills train, val and test where those are not given."""
+    train: Any = None
+    """Training shards: a directory, a glob, quoted braces "x-{000..009}.tar", or a list of these."""
+    val: Any = None
+    """Validation shards: best.ckpt and early decisions come from these."""
+    test: Any = None
+    """Test shards: the final table is made on these where they exist."""
+    val_frac: float = 0.05
+    """Share of the training samples held out (by a hash of their keys) when there is no val."""
+    augment: str = "light"
+    """none: resize and centre crop; light: random crop of 0.9 to 1.0; strong: light, affine and flip."""
+    crop_min: float | None = None
+    """Smallest area share of the random crop; null: as data.augment says (1.0 is no random crop)."""
+    affine_degrees: float | None = None
+    """Largest rotation and shear in degrees; null: as data.augment says."""
+    flip_prob: float | None = None
+    """Chance of a horizontal flip; null: as data.augment says. Captions say left and right."""
+    workers: int | None = None
+    """Loader processes per rank; null: the cores of a rank less one, at most 8."""
+    max_pixels: int = 64_000_000
+    """Images with more pixels are dropped before they are decoded."""
+    max_bad_frac: float = 0.05
+    """Stop when more than this share of the samples read so far was unusable."""
+
+    def __post_init__(self):
+        self.train = as_shards("data.train", self.train)
+        self.val = as_shards("data.val", self.val)
+        self.test = as_shards("data.test", self.test)
+        one_of("data.augment", self.augment, ("none", "light", "strong"))
+        positive(data__crop_min=self.crop_min, data__max_pixels=self.max_pixels, data__val_frac=self.val_frac)
+        fraction(
+            data__val_frac=self.val_frac,
+            data__crop_min=self.crop_min,
+            data__flip_prob=self.flip_prob,
+            data__max_bad_frac=self.max_bad_frac,
+        )
+        if self.affine_degrees is not None and not 0 <= self.affine_degrees <= 45:
+            raise ValueError(f"data.affine_degrees={self.affine_degrees} must lie between 0 and 45.")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"data.workers={self.workers} must be 0 (load in the training process) or more.")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    name: str = "clip"
+    """clip: symmetric InfoNCE over the global batch (Radford et al. 2021)."""
+    positives: str = "caption"
+    """Rows that share this are positives of each other: caption (equal normalised text) or pair (none)."""
+
+    def __post_init__(self):
+        one_of("loss.name", self.name, ("clip",))
+        one_of("loss.positives", self.positives, ("caption", "pair"))
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    lr: float | None = None
+    """Peak learning rate of AdamW; null: 1e-5, or a tenth of what a run directory was trained with if that is more."""
+    weight_decay: float = 0.1
+    """Decay of matrices; biases, gains, embeddings of positions and the scale have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.98
+    """AdamW's decay of the squared gradient (CLIP, table 19)."""
+    eps: float = 1e-6
+    """AdamW's eps (CLIP, table 19)."""
+    schedule: str = "cosine"
+    """cosine (to zero) or constant, after the warm-up."""
+    warmup_frac: float = 0.1
+    """Share of the steps in which the rate rises linearly."""
+    max_norm: float = 1.0
+    """Clip of the gradient's global norm."""
+
+    def __post_init__(self):
+        positive(optim__lr=self.lr, optim__eps=self.eps, optim__max_norm=self.max_norm)
+        one_of("optim.schedule", self.schedule, ("cosine", "constant"))
+        for key, value in (("beta1", self.beta1), ("beta2", self.beta2), ("warmup_frac", self.warmup_frac)):
+            if not 0 <= value < 1:
+                raise ValueError(f"optim.{key}={value} must be at least 0 and less than 1.")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay={self.weight_decay} must be 0 or more.")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    batch_size: int = 256
+    """Pairs in the global contrastive batch, over all devices: the only batch size that changes the result."""
+    micro_batch: int | None = None
+    """Pairs a device encodes at a time (memory only, the result is the same); null: its whole share."""
+    epochs: int = 10
+    """Passes over the training images."""
+    max_steps: int | None = None
+    """Stop after this many steps instead of after train.epochs."""
+    seed: int = 0
+    """Order, captions, augmentation and random weights follow from it."""
+
+    def __post_init__(self):
+        positive(
+            train__batch_size=self.batch_size - 1,
+            train__micro_batch=self.micro_batch,
+            train__epochs=self.epochs,
+            train__max_steps=self.max_steps,
+        )
+        if self.seed < 0:
+            raise ValueError(f"train.seed={self.seed} must be 0 or more.")
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    every: Any = None
+    """Steps (100) or a duration ("10min") between validations; null: once per epoch."""
+    base: bool = True
+    """Measure the model before the first step."""
+    also: list[str] = field(default_factory=list)
+    """More data sets to measure before and after: packed folders or names in data/."""
+    relevance: str = "caption"
+    """A caption counts for an image when it is its own or an equal text (caption), or only its own (pair)."""
+    select: str = "mean_recall@1"
+    """Validation metric that best.ckpt maximises: mean_recall@1, or one such as text_to_image_recall@5."""
+    batch_size: int = 256
+    """Images or texts encoded at a time."""
+
+    def __post_init__(self):
+        parse_every("eval.every", self.every)
+        one_of("eval.relevance", self.relevance, ("caption", "pair"))
+        positive(eval__batch_size=self.batch_size)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: Any = "10min"
+    """Steps (100) or a duration ("10min") between saved states."""
+    keep: int = 2
+    """Newest saved states that are kept, beside best."""
+
+    def __post_init__(self):
+        if parse_every("checkpoint.every", self.every) is None:
+            raise ValueError("checkpoint.every=null: give a step count such as 100 or a duration such as 10min.")
+        positive(checkpoint__keep=self.keep)
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    accelerator: str = "auto"
+    """auto, cpu, gpu or another accelerator name of Lightning."""
+    devices: int = 1
+    """Devices on this machine; each gets a process of its own (DDP)."""
+    precision: str | None = None
+    """Lightning's name, such as 32-true or bf16-mixed; null: bf16 on GPUs that have it, fp16 on others, fp32 on CPU."""
+    dist_timeout_s: int = 600
+    """Seconds after which a rank that does not answer ends the job."""
+
+    def __post_init__(self):
+        positive(trainer__devices=self.devices, trainer__dist_timeout_s=self.dist_timeout_s)
+        names = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+        if self.precision is not None:
+            one_of("trainer.precision", self.precision, names)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What `clipft train` reads."""
+
+    name: str | None = None
+    """Everything of the run lies in runs/<name>/; made from model and data when not given."""
+    runs_dir: str = "runs"
+    """Folder of all runs."""
+    resume: str = "auto"
+    """auto: go on where an equal run stopped; force: also under a changed config; restart: move the old run away."""
+    logger: str = "none"
+    """none, wandb or tensorboard, beside metrics.csv and results.json."""
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self):
+        one_of("resume", self.resume, ("auto", "force", "restart"))
+        one_of("logger", self.logger, ("none", "wandb", "tensorboard"))
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """What `clipft evaluate` reads."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    split: str | None = None
+    """train, val or test; null: test where there is one, else val."""
+    relevance: str = "caption"
+    """As eval.relevance."""
+    batch_size: int = 256
+    """Images or texts encoded at a time."""
+    out: str | None = None
+    """Also write the metrics to this JSON file."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self):
+        one_of("relevance", self.relevance, ("caption", "pair"))
+        positive(batch_size=self.batch_size)
+        if self.split is not None:
+            one_of("split", self.split, ("train", "val", "test"))
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What `clipft export` reads."""
+
+    run: str
+    """The run directory to export."""
+    checkpoint: str = "best"
+    """best, last, or a step number."""
+    out: str | None = None
+    """Folder to write; null: <run>/export."""
+
+    def __post_init__(self):
+        if self.checkpoint not in ("best", "last") and not self.checkpoint.isdigit():
+            raise ValueError(f"checkpoint={self.checkpoint!r} must be best, last, or a step number.")
+
+
+@dataclass(kw_only=True)
+class PackConfig:
+    """What `clipft data pack` reads."""
+
+    source: str
+    """A folder with metadata.jsonl (one row per image) and the images it names."""
+    out: str
+    """Folder to write: <split>-<number>.tar, their indexes, shards.json, classnames.txt."""
+    shard_samples: int = 1000
+    """Most samples in one shard."""
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {c}."])
+    """Prompts written beside the shards of a labelled set; {c} is the class name."""
+
+    def __post_init__(self):
+        positive(shard_samples=self.shard_samples)
+        if not all("{c}" in template for template in self.templates):
+            raise ValueError(f"templates={self.templates!r}: every template must contain {{c}}, the class name.")
