@@ -62,7 +62,7 @@ def as_shards(key: str, value: Any) -> list[str]:
 class ModelConfig:
     name: str
     """An architecture of open_clip, one of ours (tiny, small), a run directory, or a local open_clip directory."""
-    pretrained: str | None = None
+    pretrained: str | None
     """open_clip's weight tag for an architecture; null starts from random weights."""
     checkpoint: str = "best"
     """Which weights of a run directory: best, last, or a step number."""
@@ -136,7 +136,7 @@ class OptimConfig:
     lr: float | None = None
     """Peak learning rate of AdamW; null: 1e-5, or a tenth of what a run directory was trained with if that is more."""
     weight_decay: float = 0.1
-    """Decay of matrices; biases, gains, embeddings of positions and the scale have none."""
+    """Decay of parameters with two or more axes, as in open_clip; biases, gains and the scale have none."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.98

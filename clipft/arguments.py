@@ -1,0 +1,151 @@
+"""Command-line arguments as people type them -> overrides as Hydra reads them; nothing heavy is imported here."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipft import config as config_module
+from clipft.conf_files import data_folder, yaml_names
+from clipft.model.names import closest, kind_of
+
+FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", "data.name", "data.path", "data.train", "data.val")
+FREE_TEXT += ("data.test",)
+GROUPS = ("model", "data", "experiment")
+HYDRA_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
+"""Flags of Hydra that are followed by a word of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    key: str
+    type: str
+    default: str
+    doc: str
+
+
+def options_of(schema: type, prefix: str = "") -> Iterator[Option]:
+    """Every option of the schema with the one line that documents it, in the order of the file."""
+    docs = field_docs(schema)
+    for field in dataclasses.fields(schema):
+        hint = typing.get_type_hints(schema)[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from options_of(hint, f"{prefix}{field.name}.")
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        shown = "required" if default is dataclasses.MISSING else "null" if default is None else str(default)
+        kind = "value" if hint is typing.Any else getattr(hint, "__name__", str(hint)).replace("None", "null")
+        yield Option(prefix + field.name, kind, shown, docs[field.name])
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """The string below each field of a dataclass, which Python itself throws away."""
+    tree = ast.parse(inspect.getsource(config_module))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
+    docs = {}
+    for field, text in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            docs[field.target.id] = str(text.value.value)
+    return docs
+
+
+def to_overrides(arguments: list[str], schema: type) -> list[str]:
+    """Hydra overrides; raises ValueError for unknown keys and names with the closest ones, and for repeated keys."""
+    keys = {option.key for option in options_of(schema)}
+    groups = [group for group in GROUPS if any(key.startswith(f"{group}.") for key in keys)]
+    groups += ["experiment"] if "train.epochs" in keys else []
+    multirun = "-m" in arguments or "--multirun" in arguments
+    overrides: list[str] = []
+    seen: dict[str, str] = {}
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith(("-", "hydra.", "hydra/")) or before in HYDRA_FLAGS:
+            overrides.append(argument)
+            continue
+        key, equals, value = argument.partition("=")
+        check_key(argument, key, bool(equals), keys, groups)
+        if key in seen:
+            raise ValueError(repeated(key, seen[key], value))
+        seen[key] = value
+        overrides += rewrite(key, value, sweeps=multirun and "," in value)
+    if schema is config_module.Config and not any(group in seen for group in GROUPS) and "data.path" not in seen:
+        overrides += ["experiment=toy"] if "data.train" not in seen else []
+    return overrides
+
+
+def check_key(argument: str, key: str, has_value: bool, keys: set[str], groups: list[str]) -> None:
+    known = [*keys, *groups]
+    if key in known and has_value:
+        return
+    near = difflib.get_close_matches(key.lstrip("+~"), known, n=1, cutoff=0.5)
+    if not near and "." in key:  # the right name in the wrong node
+        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    elif not near:
+        near = [name for name in known if name.split(".")[-1] == key]
+    hint = f" Did you mean {' or '.join(near)}?" if near else " --help lists all options."
+    if not has_value:
+        raise ValueError(f"{argument!r} has no value: options are written key=value.{hint}")
+    raise ValueError(f"{key} is no option.{hint}")
+
+
+def repeated(key: str, first: str, second: str) -> str:
+    return (
+        f"{key} is given twice ({first!r} and {second!r}). That is what a shell makes of unquoted braces; "
+        f"quote them: '{key}=\"shards/train-{{000..009}}.tar\"'"
+    )
+
+
+def rewrite(key: str, value: str, sweeps: bool) -> list[str]:
+    if sweeps:
+        return [f"{key}={value}"]
+    if key == "model":
+        return model_overrides(value)
+    if key == "data":
+        return data_overrides(value)
+    if key == "experiment":
+        check_name(key, value, yaml_names(key))
+    if key in FREE_TEXT:
+        return [f"{key}={quoted(value)}"]
+    return [f"{key}={value}"]
+
+
+def quoted(value: str) -> str:
+    """The value as a string of Hydra's grammar, which refuses {0..3}, inner =, leading ~, # and parentheses bare."""
+    if value[:1] in ("'", '"', "[") or value == "null":
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def model_overrides(value: str) -> list[str]:
+    value = value.strip("'\"")
+    if value in yaml_names("model") or kind_of(value) == "architecture":
+        return [f"model={value}"]
+    return [f"model.name={quoted(value)}", "model.pretrained=null"]
+
+
+def data_overrides(value: str) -> list[str]:
+    value = value.strip("'\"")
+    if value in yaml_names("data"):
+        return [f"data={value}"]
+    path = data_folder(value)
+    if path.is_dir():
+        return [f"data.name={quoted(path.resolve().name)}", f"data.path={quoted(str(path))}"]
+    packed = [shards.parent.name for shards in Path("data").glob("*/shards.json")]
+    near = closest(value, [*yaml_names("data"), *packed])
+    hint = f" Did you mean data={near}?" if near else ""
+    raise ValueError(
+        f"data={value} is neither conf/data/{value}.yaml nor a packed folder ({path}).{hint} "
+        f"To make it: clipft data pack source=FOLDER out=data/{Path(value).name}"
+    )
+
+
+def check_name(key: str, value: str, names: list[str]) -> None:
+    if value not in names:
+        near = closest(value, names)
+        hint = f" Did you mean {near}?" if near else ""
+        raise ValueError(f"{key}={value} is unknown.{hint} There are: {', '.join(names)}.")

@@ -1,0 +1,208 @@
+"""The command line ends here: commands, Hydra's composition, exit codes. Neither torch nor open_clip is imported."""
+
+import difflib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipft.arguments import options_of, to_overrides
+from clipft.conf_files import conf_dirs, yaml_names
+from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig
+from clipft.model.names import architecture_names
+from clipft.rundir import RunDir, save_config, settle
+
+EXAMPLES = """\
+python train.py                                        drawn toy pairs, tiny model, about two minutes on a CPU
+python train.py model=ViT-B-32 data=mydata             fine-tune OpenAI's ViT-B-32 on data/mydata
+python train.py model=ViT-B-32 data=mydata --cfg job   show the composed config and stop
+python train.py model=ViT-L-14 model.pretrained=laion2b_s32b_b82k data=mydata train.batch_size=512 train.micro_batch=64
+python train.py model=ViT-B-32 data=mydata trainer.devices=8 name=eight
+python train.py model=runs/flickr8k data=emoji         fine-tune the best weights of an earlier run
+python train.py model=ViT-B-32 'data.train="shards/{000..059}.tar"' data.val=shards/val logger=wandb
+clipft data pack source=FOLDER out=data/mydata         images with metadata.jsonl -> shards
+clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot numbers
+clipft export run=runs/emoji                           a folder that open_clip loads"""
+
+
+@dataclass(frozen=True)
+class Command:
+    schema: type
+    conf: str
+    """Primary config in conf/; its schema is stored as <conf>_schema."""
+    job: Callable[[Any], int]
+    doc: str
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 failed, 2 unusable config or data, 130 and 143 stopped by a signal with state saved."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        name, rest = split_command(arguments)
+        if name is None or {"-h", "--help"} & set(rest):
+            print(help_text(name))
+            return 0
+        return compose(COMMANDS[name], rest)
+    except ValueError as error:
+        if os.environ.get("CLIPFT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The command's name (None: only help is wanted) and its arguments."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return None, []
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, arguments[words:]
+    near = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, n=1, cutoff=0.3)
+    hint = f" Did you mean clipft {near[0]}?" if near else ""
+    raise ValueError(f"{arguments[0]!r} is no command. There are: {', '.join(COMMANDS)}.{hint}")
+
+
+def help_text(name: str | None) -> str:
+    commands = "\n".join(f"  clipft {each:<10} {command.doc}" for each, command in COMMANDS.items())
+    text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\nExamples\n{EXAMPLES}\n"
+    command = COMMANDS[name or "train"]
+    options = list(options_of(command.schema))
+    width = max(len(option.key) for option in options)
+    lines = [f"  {option.key:<{width}}  {option.doc} ({option.type}, {option.default})" for option in options]
+    groups = f"Groups: data={'|'.join(yaml_names('data'))}|FOLDER  experiment={'|'.join(yaml_names('experiment'))}"
+    return f"{text}\n{groups}\nOptions of clipft {name or 'train'}, written key=value (type, default)\n" + "\n".join(lines)
+
+
+def compose(command: Command, arguments: list[str]) -> int:
+    """Composes the config with Hydra and runs the command's job on it, once or, under -m, for each of a sweep."""
+    overrides = to_overrides(arguments, command.schema)
+    # Hydra then raises what it would print, so that every error gets our form and exit code.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    import hydra
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    register(command)
+    codes: list[int] = []
+
+    def job(node: Any) -> None:
+        codes.append(command.job(OmegaConf.to_object(node)))
+
+    before, sys.argv = sys.argv, ["clipft", *overrides]
+    try:
+        hydra.main(config_path=str(conf_dirs()[-1]), config_name=command.conf, version_base="1.3")(job)()
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+    finally:
+        sys.argv = before
+    return max(codes, default=0)
+
+
+def register(command: Command) -> None:
+    """Tells Hydra the schema, the architectures that have no YAML of their own, and the user's conf folder."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    store = ConfigStore.instance()
+    store.store(name=f"{command.conf}_schema", node=command.schema)
+    curated = set(yaml_names("model"))
+    for name in architecture_names():
+        if name not in curated:
+            store.store(group="model", name=name, node={"name": name})
+
+    class UserConf(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for folder in conf_dirs()[:-1]:
+                search_path.prepend(provider="working-directory", path=f"file://{folder}")
+
+    Plugins.instance().register(UserConf)
+
+
+def explain(error: Exception) -> str:
+    """The message of Hydra or OmegaConf with the key it is about."""
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None) or ""
+    text = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+    if key == "model.pretrained" and "mandatory" in text.lower():
+        return (
+            "model.pretrained is not set, and this architecture has no default weights here. Give one of its tags "
+            "(model.pretrained=TAG), or model.pretrained=null to start from random weights."
+        )
+    if "mandatory" in text.lower():
+        return f"{key} is required: give {key}=VALUE."
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def train(config: Config) -> int:
+    from clipft.launch import is_rank, launch
+
+    if is_rank():
+        from clipft.rank import train_under_torchrun
+
+        return train_under_torchrun(config, lambda config: prepare(config).path)
+    folder = prepare(config)
+    if folder.state == "finished":
+        print(f"{folder.path} is finished. Use resume=restart to run it again, or another name=.")
+        return 0
+    return launch("train", folder.path / "config.yaml", config.trainer.devices)
+
+
+def prepare(config: Config) -> RunDir:
+    """The run's folder with the config that its ranks read; raises for all that can be known to fail."""
+    from clipft.plan import resolve
+
+    make_toy_data(config)
+    return settle(resolve(config))
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    from clipft.data.split import find_shards
+    from clipft.model.names import check_model
+
+    check_model(config.model)
+    find_shards(config.data)
+    return launch_from_file("evaluate", config, config.trainer.devices)
+
+
+def export(config: ExportConfig) -> int:
+    from clipft.model.names import kind_of
+
+    if kind_of(config.run) != "run":
+        raise ValueError(f"run={config.run!r} is no run directory (with config.yaml and checkpoints/).")
+    return launch_from_file("export", config, devices=1)
+
+
+def launch_from_file(command: str, config: Any, devices: int) -> int:
+    from clipft.launch import launch
+
+    with tempfile.TemporaryDirectory(prefix="clipft-") as folder:
+        save_config(Path(folder) / "config.yaml", config)
+        return launch(command, Path(folder) / "config.yaml", devices)
+
+
+def pack(config: PackConfig) -> int:
+    from clipft.data import pack as module
+
+    module.pack(config)
+    return 0
+
+
+def make_toy_data(config: Config) -> None:
+    """The embedded data set is drawn when it is first asked for."""
+    if config.data.name == "toy" and config.data.path is not None:
+        from clipft.data.toy import make_toy
+
+        make_toy(Path(config.data.path))
+
+
+COMMANDS = {
+    "train": Command(Config, "train", train, "fine-tune a model; what train.py runs"),
+    "evaluate": Command(EvaluateConfig, "evaluate", evaluate, "measure a model on a data set"),
+    "export": Command(ExportConfig, "export", export, "write a run's weights as files that open_clip loads"),
+    "data pack": Command(PackConfig, "pack", pack, "write WebDataset shards from a folder"),
+}

@@ -1,0 +1,214 @@
+"""Shards to samples: every shard's headers are parsed once, a read after that is one positional read."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample
+from clipft.data.shard import ShardIndex, scan_shard
+
+VERSION = 1  # of the index file; another version is scanned again
+OPEN_SHARDS = 256  # file descriptors per process; the usual limit is 1024
+
+
+def index_places(path: str | Path) -> list[Path]:
+    """Where the index of a shard may lie: beside it, else in the user's cache."""
+    path = Path(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    return [
+        path.with_name(path.name + ".index.json"),
+        cache / "clipft" / "index" / f"{digest}-{path.name}.json",
+    ]
+
+
+def read_index(place: Path) -> ShardIndex | None:
+    """The stored index; None when there is none that can be used."""
+    try:
+        stored = json.loads(place.read_text("utf-8"))
+        if stored.pop("version") != VERSION:
+            return None
+        stored["problems"] = [(byte, what) for byte, what in stored["problems"]]
+        return ShardIndex(**stored)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def write_index(path: str | Path) -> ShardIndex:
+    """Scan a shard and store its index, in one move so that a reader never sees half of it."""
+    index = scan_shard(path)
+    text = json.dumps({"version": VERSION, **asdict(index)}, separators=(",", ":"))
+    for place in index_places(path):
+        temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, "utf-8")
+            os.replace(temporary, place)
+            return index
+        except OSError:  # a read-only or full place; without any place the shard is scanned at each start
+            if os.access(temporary, os.F_OK):
+                temporary.unlink()
+    return index
+
+
+def load_index(path: str | Path) -> ShardIndex:
+    """The stored index of a shard; scanned and stored again when the shard's size or mtime is another one."""
+    stat = os.stat(path)
+    for place in index_places(path):
+        index = read_index(place)
+        if index is not None and (index.size, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return index
+    return write_index(path)
+
+
+class OpenShard:
+    """A file descriptor that closes itself when the cache lets go of it."""
+
+    def __init__(self, path: str, size: int, mtime_ns: int):
+        self.fd = os.open(path, os.O_RDONLY)
+        stat = os.fstat(self.fd)
+        if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
+            raise ValueError(f"{path} was changed after it was indexed. Start again to read the new content.")
+
+    def __del__(self):
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+# pread has no file position, so processes made by fork may share these descriptors.
+open_shard = lru_cache(OPEN_SHARDS)(OpenShard)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples of several shards as numpy columns: loader processes made by fork share the memory."""
+
+    shards: list[str]
+    stamps: Int64[np.ndarray, "shards 2"]
+    """Size and mtime of each shard when it was indexed."""
+    kinds: list[str]
+    members: Int64[np.ndarray, "members 3"]
+    """Number of the kind, offset, size."""
+    names: bytes
+    """All keys, one behind the other."""
+    rows: Int64[np.ndarray, "samples 5"]
+    """Shard, first member, end of members, first byte of the key, end of the key."""
+    fingerprint: str
+    """sha256 over names, sizes and index contents of the shards, in order; never mtime or folder."""
+    dropped: dict[str, int]
+    """Reason -> number of samples in these shards that the index left out."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, i: int) -> str:
+        """The sample's key behind its shard's name, printable whatever the bytes of the name are."""
+        shard, _, _, start, end = self.rows[i].tolist()
+        stem = os.path.basename(self.shards[shard]).removesuffix(".tar")
+        return f"{stem}/{self.names[start:end].decode('utf-8', 'backslashreplace')}"
+
+    def extensions(self, i: int) -> list[str]:
+        """Extensions of the sample's members, in the order of the tar."""
+        _, first, end, _, _ = self.rows[i].tolist()
+        return [self.kinds[kind] for kind in self.members[first:end, 0]]
+
+    def read(self, i: int, kinds: tuple[str, ...] = IMAGE_KINDS + TEXT_KINDS) -> dict[str, bytes]:
+        """The bytes of the members with these extensions, by extension."""
+        shard, first, end, _, _ = self.rows[i].tolist()
+        size, mtime_ns = self.stamps[shard].tolist()
+        fd = open_shard(self.shards[shard], size, mtime_ns).fd
+        found = {}
+        for kind, offset, length in self.members[first:end].tolist():
+            if self.kinds[kind] in kinds:
+                found[self.kinds[kind]] = read_exactly(fd, offset, length)
+        return found
+
+    def take(self, indices: Int64[np.ndarray, "taken"]) -> "Samples":
+        """The samples at these positions, with a fingerprint of their own; what was dropped stays behind."""
+        digest = hashlib.sha256(self.fingerprint.encode() + indices.astype("<i8").tobytes())
+        return replace(self, rows=self.rows[indices], fingerprint=digest.hexdigest(), dropped={})
+
+
+def read_exactly(fd: int, offset: int, length: int) -> bytes:
+    """These bytes of the file; BadSample when the storage does not give them."""
+    try:
+        raw = os.pread(fd, length, offset)
+        while len(raw) < length and (more := os.pread(fd, length - len(raw), offset + len(raw))):
+            raw += more  # one call gives at most 2 GiB, and less on some network file systems
+    except OSError as error:
+        raise BadSample("read_error") from error
+    if len(raw) < length:
+        raise BadSample("short_read")
+    return raw
+
+
+def index_shards(paths: list[str]) -> Samples:
+    """All usable samples of the shards, in order; damaged shards and a set without samples raise."""
+    indexes = [load_index(path) for path in paths]
+    damaged = [
+        (path, index.problems[0]) for path, index in zip(paths, indexes, strict=True) if index.problems
+    ]
+    if damaged:
+        path, (byte, what) = damaged[0]
+        more = f" {len(damaged) - 1} more of the {len(paths)} shards are damaged." if damaged[1:] else ""
+        raise ValueError(
+            f"{path}: {what} (byte {byte} of {os.path.getsize(path)}).{more} "
+            "Nothing of a damaged shard is used: copy or write it again, or leave it out."
+        )
+    samples = join(paths, indexes)
+    if not len(samples):
+        lost = (
+            ", ".join(f"{count} {reason}" for reason, count in samples.dropped.items()) or "no members at all"
+        )
+        raise ValueError(
+            f"{paths[0]}{' and others' if paths[1:] else ''}: no usable sample ({lost}). A sample is an "
+            "image (key.jpg, key.png, ...) with key.txt, key.json or key.cls beside it in the same shard."
+        )
+    return samples
+
+
+def join(paths: list[str], indexes: list[ShardIndex]) -> Samples:
+    """The indexes of several shards as one."""
+    kinds = sorted({kind for index in indexes for kind in index.kinds})
+    code = {kind: number for number, kind in enumerate(kinds)}
+    keys = [key.encode("utf-8", "surrogateescape") for index in indexes for key in index.keys]
+    digest = hashlib.sha256()
+    dropped: dict[str, int] = {}
+    for path, index in zip(paths, indexes, strict=True):
+        content = [os.path.basename(path), index.size, index.keys, index.num_members]
+        digest.update(json.dumps([*content, index.kinds, index.offsets, index.sizes]).encode())
+        for reason, bad in index.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + len(bad)
+    shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])
+    member_ends = np.cumsum(column(n for index in indexes for n in index.num_members))
+    key_ends = np.cumsum(column(len(key) for key in keys))
+    starts = [np.concatenate([[0], ends[:-1]])[: len(ends)] for ends in (member_ends, key_ends)]
+    return Samples(
+        shards=[str(path) for path in paths],
+        stamps=np.array([(index.size, index.mtime_ns) for index in indexes], np.int64).reshape(-1, 2),
+        kinds=kinds,
+        members=np.stack(
+            [
+                column(code[kind] for index in indexes for kind in index.kinds),
+                column(offset for index in indexes for offset in index.offsets),
+                column(size for index in indexes for size in index.sizes),
+            ],
+            axis=1,
+        ),
+        names=b"".join(keys),
+        rows=np.stack([shard, starts[0], member_ends, starts[1], key_ends], axis=1).astype(np.int64),
+        fingerprint=digest.hexdigest(),
+        dropped=dropped,
+    )
+
+
+def column(values: Iterable[int]) -> Int64[np.ndarray, "n"]:
+    return np.fromiter(values, np.int64)

@@ -1,0 +1,56 @@
+"""The order of samples as pure functions of seed, epoch and step: there is no state to save."""
+
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+from jaxtyping import Int64
+
+
+def rng_for(*key: int) -> np.random.Generator:
+    """Independent random stream of this key.
+
+    The key is hashed because SeedSequence pads with zeros: it gives (1,) and (1, 0) the same stream.
+    """
+    digest = blake2b(",".join(str(int(part)) for part in key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+@lru_cache(maxsize=1)
+def permutation(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, "N"]:
+    """The order of all samples in this epoch.
+
+    Sorted raw bits: numpy promises that those stay the same in later versions, and not that
+    Generator.permutation does (NEP 19).
+    """
+    bits = rng_for(seed, epoch).bit_generator.random_raw(num_samples)
+    order = np.argsort(bits, kind="stable").astype(np.int64)
+    order.setflags(write=False)
+    return order
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """Whole global batches in an epoch; the remainder is another one each epoch and left out."""
+    if not 0 < batch_size <= num_samples:
+        raise ValueError(
+            f"train.batch_size={batch_size} is more than the {num_samples} training samples. "
+            "Make it smaller or bring more data."
+        )
+    return num_samples // batch_size
+
+
+def batch_at(seed: int, step: int, num_samples: int, batch_size: int) -> tuple[int, Int64[np.ndarray, "B"]]:
+    """Epoch and sample indices of global step `step`, counted from 0 over the whole run."""
+    epoch, place = divmod(step, steps_per_epoch(num_samples, batch_size))
+    order = permutation(seed, epoch, num_samples)
+    return epoch, order[place * batch_size : (place + 1) * batch_size].copy()
+
+
+def rank_slice(batch_size: int, rank: int, world: int) -> slice:
+    """This rank's part of a global batch; sizes differ by at most one."""
+    if world > batch_size:
+        raise ValueError(
+            f"train.batch_size={batch_size} is less than the {world} devices: some would have no sample. "
+            "Use a larger batch or fewer trainer.devices."
+        )
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)

@@ -1,0 +1,20 @@
+"""What the members of a sample are called, and how an unusable one is reported."""
+
+IMAGE_KINDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
+TEXT_KINDS = ("json", "txt", "cls")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; `reason` is a short snake_case word that reports count by."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def image_of(members: dict[str, bytes]) -> bytes:
+    """The image's bytes; of several images the first in the order of IMAGE_KINDS."""
+    for kind in IMAGE_KINDS:
+        if kind in members:
+            return members[kind]
+    raise BadSample("no_image")

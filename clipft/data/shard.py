@@ -1,0 +1,166 @@
+"""One shard's bytes to the list of its samples, from the tar headers alone."""
+
+import os
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS
+
+BLOCK = tarfile.BLOCKSIZE
+KINDS = frozenset(IMAGE_KINDS + TEXT_KINDS)
+# webdataset skips these names too (tariterators.tar_file_iterator, skip_meta).
+META_NAME = re.compile(r"__[^/]*__($|/)")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What one shard holds. Samples are in the order in which their first members come in the tar."""
+
+    size: int
+    mtime_ns: int
+    keys: list[str]
+    num_members: list[int]
+    """Members of each sample; the next three lists have one entry per member, sample after sample."""
+    kinds: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    dropped: dict[str, list[str]]
+    """Reason -> keys of the samples that cannot be used."""
+    ignored: dict[str, int]
+    """Reason -> number of members that belong to no sample."""
+    problems: list[tuple[int, str]]
+    """Damage, as (byte, what is wrong there); empty for a whole shard."""
+
+
+Group = dict[str, tuple[int, int]]  # kind -> (offset, size)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and lower-case extension, cut at the first dot of the base name; None for a name without them.
+
+    That is webdataset's rule. Where it gives an extension that nobody reads ("IMG_1.5x.jpg": "5x.jpg")
+    but the last part is one we know, the cut is made there.
+    """
+    base = name.rpartition("/")[2]
+    first, _, kind = base.partition(".")
+    if not first or not kind:
+        return None
+    last = kind.lower().rpartition(".")[2]
+    if kind.lower() not in KINDS and last in KINDS:
+        kind = last
+    return name[: -len(kind) - 1], kind.lower()
+
+
+def verdict(group: Group, repeated: bool) -> str | None:
+    """Why a group of members is no usable sample; None when it is one."""
+    if repeated:
+        return "duplicate_key"
+    if not any(kind in IMAGE_KINDS for kind in group):
+        return "no_image"
+    return None if any(kind in TEXT_KINDS for kind in group) else "no_text"
+
+
+def why_ignored(member: tarfile.TarInfo) -> str | None:
+    """Why a member can belong to no sample whatever its name; None when it may."""
+    if not member.isreg() or member.issparse():
+        return "folder" if member.isdir() else "not_a_plain_file"
+    return "meta" if META_NAME.match(member.name) else None
+
+
+def scan_shard(path: str | Path) -> ShardIndex:
+    """The index of the shard as its bytes are now, read from the headers alone."""
+    groups: dict[str, Group] = {}
+    repeated: set[str] = set()
+    ignored: dict[str, int] = {}
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        members, problems = read_headers(file, stat.st_size)
+    for member in members:
+        name = split_name(member.name)
+        reason = why_ignored(member)
+        if reason or name is None:
+            ignored[reason or "no_extension"] = ignored.get(reason or "no_extension", 0) + 1
+            continue
+        key, kind = name
+        if kind in groups.setdefault(key, {}):
+            repeated.add(key)
+        groups[key][kind] = (member.offset_data, member.size)
+    good, dropped, num_extra = sort_groups(groups, repeated)
+    return ShardIndex(
+        size=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        keys=list(good),
+        num_members=[len(group) for group in good.values()],
+        kinds=[kind for group in good.values() for kind in group],
+        offsets=[offset for group in good.values() for offset, _ in group.values()],
+        sizes=[size for group in good.values() for _, size in group.values()],
+        dropped=dropped,
+        ignored=ignored | ({"extra": num_extra} if num_extra else {}),
+        problems=problems,
+    )
+
+
+def sort_groups(
+    groups: dict[str, Group], repeated: set[str]
+) -> tuple[dict[str, Group], dict[str, list[str]], int]:
+    """Usable samples, keys of the others by reason, and the number of members beside a usable sample.
+
+    "a.mask.png" beside a whole sample "a" is such a member, not a broken sample "a.mask".
+    """
+    reasons = {key: verdict(group, key in repeated) for key, group in groups.items()}
+    dropped: dict[str, list[str]] = {}
+    num_extra = 0
+    for key, reason in reasons.items():
+        folder, slash, base = key.rpartition("/")
+        owner = folder + slash + base.partition(".")[0]
+        if reason and owner != key and reasons.get(owner, "absent") is None:
+            num_extra += len(groups[key])
+        elif reason:
+            dropped.setdefault(reason, []).append(key)
+    return {key: groups[key] for key, reason in reasons.items() if not reason}, dropped, num_extra
+
+
+def read_headers(file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], list[tuple[int, str]]]:
+    """All whole members (ustar, GNU and PAX names resolved), and what is wrong with the archive."""
+    if size == 0:
+        return [], [(0, "the file is empty")]
+    try:
+        tar = tarfile.TarFile(fileobj=file, mode="r")
+    except (tarfile.TarError, ValueError) as error:
+        file.seek(0)
+        return [], [(0, f"not a tar archive ({error}); it begins with {file.read(16)!r}")]
+    members: list[tarfile.TarInfo] = []
+    while tar.offset <= size:
+        try:
+            member = tar.next()
+        except (tarfile.TarError, ValueError) as error:
+            return members, [(tar.offset, f"damaged header ({error})")]
+        if member is None:
+            break
+        if member.size < 0:
+            return members, [(member.offset, f"damaged header of {member.name!r} (size {member.size})")]
+        end = member.offset_data + (member.size if member.isreg() and not member.issparse() else 0)
+        if end > size:
+            what = f"the data of {member.name!r} should run to byte {end}, the file ends at byte {size}"
+            return members, [(member.offset_data, what)]
+        members.append(member)
+    return members, check_end(file, min(tar.offset, size))
+
+
+def check_end(file: BinaryIO, offset: int) -> list[tuple[int, str]]:
+    """What is wrong from `offset` on, where tarfile stopped: it takes any unreadable header for the end."""
+    file.seek(offset)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        what = "cut inside a header" if block else "cut between two members: no end-of-archive block"
+        return [(offset, what)]
+    if block.strip(b"\0"):
+        return [(offset, "damaged header")]
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            start = file.tell() - len(chunk.lstrip(b"\0"))
+            return [(start, f"more data behind the end-of-archive block at byte {offset}")]
+    return []

@@ -1,0 +1,309 @@
+"""A data config to its train, val and test samples. Nothing here imports torch."""
+
+import difflib
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from braceexpand import braceexpand
+
+from clipft.config import DataConfig
+from clipft.data.index import Samples, index_shards
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+SPLIT_OF = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
+MANIFEST = "shards.json"
+CLASSNAMES = "classnames.txt"  # both files as CLIP_benchmark lays them out
+TEMPLATES = "zeroshot_classification_templates.txt"
+HOW = (
+    "Put shards there (tars such as train-000.tar with key.jpg and key.txt or key.json), or make them from "
+    "a folder with images and metadata.jsonl: clipft data pack source=FOLDER out={out}"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The shards of a data config by split; existing files, nothing of them read yet."""
+
+    name: str
+    folder: Path
+    """Where classnames.txt and the prompt templates would lie."""
+    shards: dict[str, list[str]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Splits:
+    name: str
+    train: Samples | None
+    val: Samples | None
+    test: Samples | None
+    notes: list[str]
+    """What was held out, dropped or not used, in sentences for the plan."""
+    classnames: list[str] | None
+    templates: list[str]
+
+
+def natural(path: str) -> list[str | int]:
+    """Sort key that puts x-2.tar before x-10.tar."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path)]
+
+
+def nearest(path: Path) -> str:
+    """A sentence with the existing names closest to one that was looked for; in a folder, to any tar."""
+    path = path / "*.tar" if path.is_dir() else path
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        path, parent = parent, parent.parent
+    names = sorted(os.listdir(parent))
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
+    return f"{parent}/ holds: {', '.join(sorted(close))}." if close else f"{parent}/ is empty."
+
+
+def expand_shards(key: str, patterns: list[str]) -> list[str]:
+    """The existing shards that directories, globs, braces and file names stand for, in their order."""
+    shards = [shard for pattern in patterns for shard in expand_pattern(key, pattern)]
+    twice = (
+        sorted({shard for shard in shards if shards.count(shard) > 1})
+        if len(set(shards)) < len(shards)
+        else []
+    )
+    if twice:
+        raise ValueError(f"{key}={patterns!r} names {twice[0]} more than once. Name each shard once.")
+    return shards
+
+
+def expand_pattern(key: str, pattern: str) -> list[str]:
+    if re.match(r"[a-z0-9+]+://|pipe:", pattern):
+        raise ValueError(
+            f"{key}={pattern!r}: shards are read from local files. Download them and give their folder."
+        )
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        refuse_layout(key, path)
+        shards = sorted((str(shard) for shard in path.glob("*.tar")), key=natural)
+    elif path.is_file():
+        shards = [str(path)]
+    else:
+        shards = expand_braces(key, pattern, str(path))
+    if not shards:
+        raise ValueError(
+            f"{key}={pattern!r} matches no shard. Expected a folder with .tar files, a glob, quoted braces "
+            f'such as "x-{{000..009}}.tar", or a file. {nearest(path)}'
+        )
+    return shards
+
+
+def refuse_layout(key: str, folder: Path) -> None:
+    """Raise for a folder with several splits: all its tars together would mix test into training."""
+    splits = [split for split, shards in read_folder(folder)[0].items() if shards]
+    if len(splits) > 1:
+        raise ValueError(
+            f"{key}={str(folder)!r} is a folder with splits of its own ({', '.join(splits)}). Write "
+            f"data={folder} to use them, or name the shards of one split: {key}='{folder}/train-*.tar'."
+        )
+
+
+def expand_braces(key: str, pattern: str, path: str) -> list[str]:
+    """Files behind the braces and globs of a pattern; a name that the braces ask for must exist."""
+    try:
+        names = list(braceexpand(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{key}={pattern!r}: unbalanced braces. Write them as {{000..009}} or {{a,b}}."
+        ) from error
+    found = [sorted(glob.glob(name), key=natural) if glob.has_magic(name) else [name] for name in names]
+    shards = [shard for group in found for shard in group]
+    missing = [shard for shard in shards if not os.path.isfile(shard)]
+    if missing and len(missing) < len(shards):
+        raise ValueError(
+            f"{key}={pattern!r}: {len(missing)} of {len(shards)} shards do not exist, the first is "
+            f"{missing[0]}. {nearest(Path(missing[0]))}"
+        )
+    return [] if missing else shards
+
+
+def by_prefix(folder: Path) -> dict[str, list[str]]:
+    """Shards by split from names (train-000.tar) and subfolders (train/000.tar)."""
+    shards: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for entry in folder.iterdir():
+        split = SPLIT_OF.get(re.split(r"[-_.]", entry.name, maxsplit=1)[0].lower())
+        if split and entry.is_dir():
+            shards[split] += [str(shard) for shard in entry.glob("*.tar")]
+        elif split and entry.suffix == ".tar":
+            shards[split].append(str(entry))
+    return {split: sorted(names, key=natural) for split, names in shards.items()}
+
+
+def read_folder(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Shards by split of a packed folder, and what of it is not used.
+
+    shards.json decides where there is one; then names; a folder of plain tars is training data.
+    """
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder)
+    shards = by_prefix(folder)
+    plain = sorted((str(path) for path in folder.glob("*.tar")), key=natural)
+    if not any(shards.values()):
+        return {**shards, "train": plain}, []
+    unused = [path for path in plain if not any(path in names for names in shards.values())]
+    return shards, [f"{folder}: {len(unused)} tars belong to no split: {unused[0]}, ..."] if unused else []
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Shards by split as shards.json lists them; files that are missing or of another size raise."""
+    path = folder / MANIFEST
+    again = "Copy the folder again or pack it again (clipft data pack)."
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["version"] != 1:
+            raise ValueError(f"version {manifest['version']!r}, this clipft reads version 1")
+        listed = {
+            split: [(s["name"], s["bytes"]) for s in e["shards"]] for split, e in manifest["splits"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a list of shards ({error!r}). {again}") from error
+    for name, size in (shard for shards in listed.values() for shard in shards):
+        found = os.path.getsize(folder / name) if (folder / name).is_file() else None
+        if found != size:
+            state = "does not exist" if found is None else f"has {found} bytes"
+            raise ValueError(f"{folder / name} {state}; {path} lists it with {size} bytes. {again}")
+    others = [split for split in listed if split not in SPLITS]
+    notes = [f"{path}: split {split!r} is none of {', '.join(SPLITS)} and is not used" for split in others]
+    return {split: [str(folder / name) for name, _ in listed.get(split, [])] for split in SPLITS}, notes
+
+
+def write_manifest(
+    folder: Path, name: str, shards: dict[str, list[Path]], num_samples: dict[str, int]
+) -> None:
+    """Write shards.json: the shards of each split in their order; `num_samples` is per shard file name."""
+    splits = {}
+    for split, paths in shards.items():
+        entries = [
+            {
+                "name": path.relative_to(folder).as_posix(),
+                "samples": num_samples[path.name],
+                "bytes": path.stat().st_size,
+                "sha256": sha256_of(path),
+            }
+            for path in paths
+        ]
+        splits[split] = {
+            "shards": entries,
+            "samples": sum(entry["samples"] for entry in entries),
+            "bytes": sum(entry["bytes"] for entry in entries),
+        }
+    temporary = folder / f".{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"version": 1, "name": name, "splits": splits}, indent=1) + "\n", "utf-8")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_shards(config: DataConfig) -> Found:
+    """Which shards the config means; cheap, so that a command can fail before anything heavy is imported."""
+    given = {"train": config.train, "val": config.val, "test": config.test}
+    if config.path is None and not any(given.values()):
+        raise ValueError(
+            "There is no data. Give data=NAME (the folder data/NAME), a path, or data.train=SHARDS."
+        )
+    shards: dict[str, list[str]] = {split: [] for split in SPLITS}
+    notes: list[str] = []
+    folder = None
+    if config.path is not None:
+        folder = Path(config.path).expanduser()
+        shards, notes = read_path(config.path, folder)
+        folder = folder if folder.is_dir() else folder.parent
+    for split, patterns in given.items():
+        if patterns:
+            shards[split] = expand_shards(f"data.{split}", patterns)
+    folder = folder or home_of(next(paths[0] for paths in shards.values() if paths))
+    shared = set(shards["train"]) & set(shards["val"] + shards["test"])
+    if shared:
+        notes.append(f"{len(shared)} shards are both trained on and measured on: {min(shared)}, ...")
+    return Found(config.name or folder.resolve().name, folder, shards, notes)
+
+
+def read_path(value: str, path: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Shards by split of what data.path names; nothing there raises with what to do."""
+    if path.is_file() or "{" in value or glob.has_magic(value):
+        return {"train": expand_pattern("data.path", value), "val": [], "test": []}, []
+    if not path.is_dir():
+        raise ValueError(f"data.path={value!r} does not exist. {HOW.format(out=path)}\n{nearest(path)}")
+    shards, notes = read_folder(path)
+    if any(shards.values()):
+        return shards, notes
+    if (path / "metadata.jsonl").is_file():
+        command = f"clipft data pack source={path} out={path}-shards"
+        raise ValueError(f"data.path={value!r} holds images, no shards yet. Pack them: {command}")
+    raise ValueError(f"data.path={value!r} holds no shards. {HOW.format(out=path)}")
+
+
+def home_of(shard: str) -> Path:
+    """The folder of the data set that a shard belongs to: its own, or the one above train/."""
+    folder = Path(shard).resolve().parent
+    return folder.parent if folder.name.lower() in SPLIT_OF else folder
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """The samples of each split; without val a fixed share of train is held out."""
+    found = find_shards(config)
+    samples = {split: index_shards(paths) if paths else None for split, paths in found.shards.items()}
+    notes = found.notes + [
+        f"{split}: {count} samples left out ({reason})"
+        for split, part in samples.items()
+        if part is not None
+        for reason, count in part.dropped.items()
+    ]
+    train, val = samples["train"], samples["val"]
+    if train is not None and val is None:
+        train, val = hold_out(train, config.val_frac)
+        notes.append(
+            f"no val given: {len(val)} of {len(train) + len(val)} training samples held out by a hash of "
+            f"their keys (data.val_frac={config.val_frac}), {len(train)} left to train on"
+        )
+    templates = read_lines(found.folder / TEMPLATES) or []
+    classnames = read_lines(found.folder / CLASSNAMES)
+    return Splits(found.name, train, val, samples["test"], notes, classnames, templates)
+
+
+def hold_out(train: Samples, val_frac: float) -> tuple[Samples, Samples]:
+    """Training samples without the share that is lowest by a hash of its keys, and that share.
+
+    The hash sees the key alone, so neither the order of the shards nor the rest of the data decides.
+    """
+    num_val = max(1, round(val_frac * len(train)))
+    if num_val >= len(train):
+        raise ValueError(
+            f"data.val_frac={val_frac} of {len(train)} samples leaves none to train on. "
+            "Make it smaller, or give data.val."
+        )
+    hashes = column_of_hashes(train.key(i) for i in range(len(train)))
+    chosen = np.zeros(len(train), bool)
+    chosen[np.argsort(hashes, kind="stable")[:num_val]] = True
+    rest = train.take(np.flatnonzero(~chosen))
+    return replace(rest, dropped=train.dropped), train.take(np.flatnonzero(chosen))
+
+
+def column_of_hashes(keys: Iterable[str]) -> np.ndarray:
+    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64)
+
+
+def read_lines(path: Path) -> list[str] | None:
+    """The lines of a text file (class number = line number); None when there is no such file."""
+    if not path.is_file():
+        return None
+    lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines

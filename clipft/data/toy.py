@@ -1,0 +1,184 @@
+"""Drawn scenes of coloured shapes with captions, packed like any other set: data for a first run."""
+
+import math
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from clipft.data.pack import Row, text_members, write_set
+from clipft.data.split import MANIFEST
+
+SIZE = 64  # px
+SUPERSAMPLE = 4  # for smooth edges
+NUM_TRAIN, NUM_HELD_OUT = 4000, 400
+NUM_PAIR_CAPTIONS = 240
+SHARD_SAMPLES = 1000
+SEED = 0
+
+Colour = tuple[int, int, int]
+COLOURS: dict[str, Colour] = {
+    "red": (215, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 215),
+    "yellow": (240, 205, 40),
+    "purple": (140, 60, 170),
+    "orange": (245, 135, 30),
+}
+GROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (128, 128, 128)}
+RADII = {"small": 9.0, "large": 19.0}
+# Shapes in pairs are fewer and plainer: beside each other they are small.
+PAIR_COLOURS = ("red", "green", "blue", "yellow")
+PAIR_SHAPES = ("circle", "square", "triangle", "star")
+RELATIONS = ("left of", "above")
+
+
+def regular(corners: int, radius: float, turn: float) -> list[tuple[float, float]]:
+    """Corners as (radius, angle), the first one at `turn`."""
+    return [(radius, turn + 2 * math.pi * i / corners) for i in range(corners)]
+
+
+def star(outer: float, inner: float) -> list[tuple[float, float]]:
+    tips = regular(10, outer, -math.pi / 2)
+    return [(inner if i % 2 else outer, angle) for i, (_, angle) in enumerate(tips)]
+
+
+def cross(arm: float, half: float) -> list[tuple[float, float]]:
+    quarter = [(half, half), (half, arm), (-half, arm)]
+    corners = []
+    for _ in range(4):
+        corners += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return [(math.hypot(x, y), math.atan2(y, x)) for x, y in corners]
+
+
+# Corners in units of the radius that a scene gives; the factors make all shapes look equally large.
+SHAPES = {
+    "circle": regular(48, 1.05, 0.0),
+    "square": regular(4, 1.25, math.pi / 4),
+    "triangle": regular(3, 1.3, -math.pi / 2),
+    "star": star(1.3, 0.55),
+    "cross": cross(1.2, 0.38),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One thing of a size on a background, or two things in a relation on any background."""
+
+    things: tuple[Thing, ...]
+    size: str | None = None
+    ground: str | None = None
+    relation: str | None = None
+
+    @property
+    def caption(self) -> str:
+        if self.relation is None:
+            return f"a {self.size} {self.things[0]} on a {self.ground} background"
+        return f"a {self.things[0]} {self.relation} a {self.things[1]}"
+
+    @property
+    def label(self) -> str | None:
+        """The class of a scene with one thing."""
+        return str(self.things[0]) if self.relation is None else None
+
+
+TEMPLATES = [f"a {size} {{c}} on a {ground} background" for size, ground in product(RADII, GROUNDS)]
+
+
+def make_toy(out: Path) -> None:
+    """Draw and pack the toy set into out, which appears in one move; nothing happens where it is already."""
+    if not (out / MANIFEST).is_file():
+        write_set(str(out), draw_rows(), SHARD_SAMPLES, TEMPLATES)
+
+
+def draw_rows() -> list[Row]:
+    """All samples of the set; the same on every call."""
+    rng = np.random.default_rng(SEED)
+    scenes = all_scenes(rng)
+    # Held-out images have different captions each, so that every query has one answer.
+    held_out = {split: rng.permutation(len(scenes))[:NUM_HELD_OUT] for split in ("val", "test")}
+    parts = {"train": np.arange(NUM_TRAIN) % len(scenes), **held_out}
+    return [
+        draw_row(scenes[number], f"{split}-{i:04d}", split, rng)
+        for split, numbers in parts.items()
+        for i, number in enumerate(numbers)
+    ]
+
+
+def draw_row(scene: Scene, key: str, split: str, rng: np.random.Generator) -> Row:
+    file = BytesIO()
+    draw(scene, rng).save(file, "JPEG", quality=95, subsampling=0)
+    return Row(
+        key=key,
+        split=split,
+        label=scene.label,
+        image=file.getvalue(),
+        extension="jpg",
+        num_captions=1,
+        members=text_members({"label": scene.label, "split": split}, [scene.caption]),
+    )
+
+
+def all_scenes(rng: np.random.Generator) -> list[Scene]:
+    """All scenes with one thing and a sample of those with two; their captions differ."""
+    single = [
+        Scene(things=(Thing(colour, shape),), size=size, ground=ground)
+        for size, colour, shape, ground in product(RADII, COLOURS, SHAPES, GROUNDS)
+    ]
+    things = [Thing(*thing) for thing in product(PAIR_COLOURS, PAIR_SHAPES)]
+    pairs = [
+        Scene(things=two, relation=relation) for two in permutations(things, 2) for relation in RELATIONS
+    ]
+    return single + [pairs[i] for i in rng.permutation(len(pairs))[:NUM_PAIR_CAPTIONS]]
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """One picture of the scene; place, size, rotation and colours are jittered, pixels are noisy."""
+    ground = scene.ground or str(rng.choice(list(GROUNDS)))
+    side = SIZE * SUPERSAMPLE
+    image = Image.new("RGB", (side, side), jitter(GROUNDS[ground], rng))
+    canvas = ImageDraw.Draw(image)
+    for thing, (x, y, radius) in zip(scene.things, places(scene, rng), strict=True):
+        turn = rng.uniform(-math.pi / 12, math.pi / 12)
+        corners = [
+            (
+                SUPERSAMPLE * (x + radius * r * math.cos(angle + turn)),
+                SUPERSAMPLE * (y + radius * r * math.sin(angle + turn)),
+            )
+            for r, angle in SHAPES[thing.shape]
+        ]
+        canvas.polygon(corners, fill=jitter(COLOURS[thing.colour], rng))
+    pixels = np.asarray(image.reduce(SUPERSAMPLE), np.float32)
+    noise = 4 * rng.standard_normal(pixels.shape, np.float32)
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+
+
+def places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centre and radius of each thing, inside the picture and apart from each other."""
+    if scene.size is not None:
+        radius = RADII[scene.size] * rng.uniform(0.85, 1.1)
+        x, y = rng.uniform(1.3 * radius, SIZE - 1.3 * radius, size=2)
+        return [(x, y, radius)]
+    spots = []
+    for low, high in ((13, 19), (45, 51)):
+        along, across, radius = rng.uniform(low, high), 32 + rng.uniform(-9, 9), rng.uniform(9, 12)
+        spots.append((along, across, radius) if scene.relation == "left of" else (across, along, radius))
+    return spots
+
+
+def jitter(colour: Colour, rng: np.random.Generator) -> Colour:
+    red, green, blue = np.clip(np.add(colour, rng.normal(0, 10, size=3)), 0, 255).astype(int).tolist()
+    return red, green, blue

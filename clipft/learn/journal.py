@@ -1,0 +1,105 @@
+"""Where a run's numbers go: metrics.csv, the terminal, loggers. Only rank 0 has one that writes."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Protocol, TextIO
+
+from clipft.learn.metrics_file import MetricsFile
+from clipft.learn.module import StepRecord
+
+LINE_EVERY_S = 10.0
+DRAW_EVERY_S = 0.2
+LOG_EVERY_S = 1.0  # loggers may be on the far side of a network
+
+
+class MetricLogger(Protocol):
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+
+class Journal:
+    def __init__(
+        self,
+        file: MetricsFile | None,
+        loggers: Sequence[MetricLogger],
+        *,
+        batch_size: int,
+        num_steps: int,
+        first_step: int,
+        out: TextIO = sys.stderr,
+    ):
+        """`file` None makes a silent journal, for ranks other than 0."""
+        self.file, self.loggers, self.out = file, loggers, out
+        self.batch_size, self.num_steps, self.first_step = batch_size, num_steps, first_step
+        self.rows: dict[int, dict[str, float]] = {}
+        self.began = self.shown = self.logged = time.monotonic()
+        self.wait_s = self.total_s = 0.0
+        self.since, self.num_dropped = first_step, 0
+        self.draws = out.isatty()
+
+    def step(
+        self, record: StepRecord, loss: float, shared: int, dropped: int, wait_s: float, total_s: float
+    ) -> None:
+        self.wait_s, self.total_s, self.num_dropped = self.wait_s + wait_s, self.total_s + total_s, self.num_dropped + dropped
+        if self.file is None:
+            return
+        self.rows[record.step] = {
+            "train/loss": loss,
+            "train/scale": float(record.scale),
+            "train/lr": record.lr,
+            "train/grad_norm": float(record.norm),
+            "train/shared_positives": shared,
+            "train/dropped": dropped,
+            "train/samples_per_s": self.batch_size / total_s,
+            "train/data_wait_frac": wait_s / total_s,
+        }
+
+    def validation(self, step: int, metrics: dict[str, float], selected: str, best: str) -> None:
+        if self.file is None:
+            return
+        self.rows[step] |= {f"val/{name}": value for name, value in metrics.items()}
+        self.print(f"step {step}/{self.num_steps}  val {selected} (best {best})")
+
+    def write(self) -> None:
+        """Puts the waiting rows on disk and, where it is time, a line on the terminal."""
+        if self.file is None:
+            return
+        now = time.monotonic()
+        for step, row in self.rows.items():
+            self.file.append(step, row)
+            if now - self.logged >= LOG_EVERY_S or step == self.num_steps or any(name.startswith("val/") for name in row):
+                self._log(step, row)
+                self.logged = now
+            if now - self.shown >= (DRAW_EVERY_S if self.draws else LINE_EVERY_S) or step == self.num_steps:
+                self._show(step, row, now)
+        self.rows.clear()
+
+    def print(self, text: str) -> None:
+        if self.file is not None:
+            print(("\r\x1b[K" if self.draws else "") + text, file=self.out, flush=True)
+
+    def _log(self, step: int, row: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(row, step)
+
+    def _show(self, step: int, row: dict[str, float], now: float) -> None:
+        speed = (step - self.since) * self.batch_size / self.total_s if self.total_s else 0.0
+        left_s = (self.num_steps - step) * (now - self.began) / max(1, step - self.first_step)
+        line = (
+            f"step {step}/{self.num_steps}  loss {row['train/loss']:.3f} (chance {math.log(self.batch_size):.3f})  "
+            f"scale {row['train/scale']:.1f}  lr {row['train/lr']:.2e}  {speed:.0f} samples/s  "
+            f"data wait {100 * self.wait_s / max(self.total_s, 1e-9):.0f}%  eta {clock(left_s)}"
+        ) + (f"  dropped {self.num_dropped}" if self.num_dropped else "")
+        if self.draws:
+            print(f"\r\x1b[K{line}", end="" if step < self.num_steps else "\n", file=self.out, flush=True)
+        else:
+            print(line, file=self.out, flush=True)
+        self.shown, self.since, self.wait_s, self.total_s = now, step, 0.0, 0.0
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 3:02:11."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

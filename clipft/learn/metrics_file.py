@@ -1,0 +1,47 @@
+"""metrics.csv: one row per step, a column per metric."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+
+class MetricsFile:
+    """Appends rows to a CSV file; each is on disk when `append` returns."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Opens `path`, keeping the rows up to `last_step`: what came after was not saved and will come again."""
+        self.path = path
+        rows = [row for row in read_rows(path) if int(row["step"]) <= last_step]
+        self.columns = list(rows[0]) if rows else ["step"]
+        if path.exists():
+            self._rewrite(rows)
+
+    def append(self, step: int, metrics: dict[str, float]) -> None:
+        new = [name for name in metrics if name not in self.columns]
+        if new:
+            self.columns += new
+            self._rewrite(read_rows(self.path))
+        row = {"step": str(step), **{name: f"{value:.9g}" for name, value in metrics.items()}}
+        with self.path.open("a", newline="") as file:
+            file.write(self._line(row))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        header = ",".join(self.columns) + "\n"
+        temporary.write_text(header + "".join(self._line(row) for row in rows))
+        os.replace(temporary, self.path)
+
+    def _line(self, row: dict[str, str]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
+        return text.getvalue()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Complete rows of the file; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    whole = path.read_text()
+    whole = whole[: whole.rfind("\n") + 1]
+    return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values()]

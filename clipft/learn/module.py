@@ -1,0 +1,129 @@
+"""Both encoders and the contrastive step as a LightningModule: wiring only."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipft.config import OptimConfig
+from clipft.data.loader import Batch
+from clipft.learn.losses import LocalGradients
+from clipft.learn.optimizer import build_optimizer, gradient_norm, scale_gradients
+from clipft.learn.schedule import lr_at
+from clipft.learn.step import Encode, contrastive_backward
+
+# CLIP found a scale above 100 to destabilise training (Radford et al. 2021, sec. 2.5).
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the steps of a run have in common."""
+
+    num_steps: int
+    batch_size: int
+    micro_batch: int
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step left, on the device: nothing here has been waited for."""
+
+    step: int
+    lr: float
+    gradients: LocalGradients
+    scale: Tensor
+    norm: Tensor
+
+
+class ContrastiveModule(pl.LightningModule):
+    def __init__(self, model: nn.Module, encode: Encode, optim: OptimConfig, plan: Plan):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.encode, self.optim, self.plan = model, encode, optim, plan
+        if getattr(model, "logit_bias", None) is not None:
+            model.logit_bias.requires_grad_(False)  # softmax does not see it, and DDP waits for what has no gradient
+        self.step = 0  # completed steps; Lightning's global_step counts optimizer.step(), not what the data are at
+        self.record: StepRecord | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.optim)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def on_train_start(self) -> None:
+        self.train_mode()
+
+    def train_mode(self) -> None:
+        """Training mode, but for BatchNorm: its statistics would depend on how the batch is cut."""
+        self.model.train()
+        for child in self.model.modules():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                child.eval()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        assert not isinstance(optimizer, list)
+        lr = self._set_lr(optimizer)
+        optimizer.zero_grad()
+        gradients = contrastive_backward(
+            self.encode,
+            self.logit_scale,
+            batch,
+            batch_size=self.plan.batch_size,
+            micro_batch=self.plan.micro_batch,
+            seed=(self.plan.seed, self.step),
+            backward=self.manual_backward,
+            no_sync=self._no_sync,
+        )
+        norm = self._clip(self.optim.max_norm)
+        optimizer.step()
+        self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+        self.step += 1
+        self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        scale = self.model.logit_scale
+        assert isinstance(scale, nn.Parameter)
+        return scale
+
+    def _set_lr(self, optimizer) -> float:
+        plan = self.plan
+        warmup = round(self.optim.warmup_frac * plan.num_steps)
+        lr = lr_at(self.step, plan.num_steps, plan.lr, warmup, self.optim.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        wrapped = self.trainer.strategy.model
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+    def _clip(self, max_norm: float) -> Tensor:
+        """Scales the gradients to a norm of at most `max_norm`; returns the norm before.
+
+        Lightning unscales fp16 gradients only inside optimizer.step, so the loss scale is divided out here; a norm
+        that is not finite makes the gradients so too, and the scaler skips the step.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        norm = gradient_norm(self.model.parameters())
+        if scaler is not None:
+            norm = norm / scaler.get_scale()
+        scale_gradients(self.model.parameters(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["state_dict"] = self.model.state_dict()  # under open_clip's names
+        checkpoint["clipft"] = {"step": self.step}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["state_dict"] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}
+        self.step = checkpoint["clipft"]["step"]

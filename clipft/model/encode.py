@@ -1,0 +1,107 @@
+"""Pixels and tokens -> unit-norm features in fp32, with captions cut to what they need."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+OpenClip = Any  # open_clip's CLIP or CustomTextCLIP; naming them here would import open_clip
+
+POOLED_BY_TOKEN = ("argmax", "eos", "first")
+PROBES = ["a", "a dog", "two brown dogs run over wet grass", "word " * 12, "word " * 200]
+TRIM_TOLERANCE = 1e-5  # rounding of fp32 unit features; a wrong cut differs by 1e-2 and more
+
+
+def to_float(
+    pixels: UInt8[Tensor, "b S1 S2 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "b 3 S1 S2"]:
+    """Pixels as torchvision's ToTensor and Normalize leave them, computed where the pixels are."""
+    shift = torch.tensor(mean, device=pixels.device).view(3, 1, 1)
+    width = torch.tensor(std, device=pixels.device).view(3, 1, 1)
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - shift) / width
+
+
+def unit(features: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+    """The features at length 1, in fp32 whatever the autocast; fp64 stays fp64."""
+    with torch.autocast(features.device.type, enabled=False):
+        wide = features if features.dtype == torch.float64 else features.float()
+        return F.normalize(wide, dim=-1)
+
+
+def encode_image(model: OpenClip, pixels: Float[Tensor, "b 3 S1 S2"]) -> Float[Tensor, "b D"]:
+    dtype = next(model.visual.parameters()).dtype  # of bf16-true and 64-true; autocast leaves it fp32
+    return unit(model.encode_image(pixels.to(dtype)))
+
+
+def encode_text(model: OpenClip, tokens: Int64[Tensor, "b L"], trim: bool) -> Float[Tensor, "b D"]:
+    """Text features; tokens that were cut before, on the host and so without a device sync, are welcome."""
+    if trim:
+        tokens = trim_tokens(model, tokens)
+    if tokens.shape[1] == model.context_length:
+        return unit(model.encode_text(tokens))
+    return unit(encode_short(model, tokens))
+
+
+def text_tower(model: OpenClip) -> Any:
+    """The module with the text tower's parts: `model.text` of CustomTextCLIP, CLIP itself."""
+    return getattr(model, "text", model)
+
+
+def pooled_index(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor, "b"]:
+    """The position whose output becomes the text feature, as open_clip's text_global_pool picks it."""
+    tower = text_tower(model)
+    pool = tower.text_pool_type if tower is model else tower.pool_type
+    if pool == "first":
+        return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    if pool == "eos":
+        eos = tower.text_eos_id if tower is model else tower.eos_id
+        return (tokens == eos).int().argmax(dim=-1)
+    return tokens.argmax(dim=-1)
+
+
+def trim_tokens(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor, "b n"]:
+    """Tokens without the positions after every caption's pooled one.
+
+    Cut at the pooled index and not at padding: the pad id 0 is also the token of "!".
+    """
+    return tokens[:, : int(pooled_index(model, tokens).max()) + 1]
+
+
+def encode_short(model: OpenClip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b D"]:
+    """open_clip's encode_text of a causal tower for n tokens, fewer than its context length."""
+    tower, n = text_tower(model), tokens.shape[1]
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:n].to(dtype)
+    x = tower.transformer(x, attn_mask=tower.attn_mask[:n, :n])
+    rows = torch.arange(len(tokens), device=tokens.device)
+    x = tower.ln_final(x[rows, pooled_index(model, tokens)])
+    if isinstance(tower.text_projection, nn.Linear):
+        return tower.text_projection(x)
+    return x if tower.text_projection is None else x @ tower.text_projection
+
+
+def has_causal_tower(model: OpenClip) -> bool:
+    """Whether the text tower is built so that nothing after the pooled position can matter."""
+    from open_clip import CLIP
+    from open_clip.transformer import TextTransformer
+
+    tower = text_tower(model)
+    if not isinstance(tower, CLIP | TextTransformer):
+        return False
+    pool = tower.text_pool_type if isinstance(tower, CLIP) else tower.pool_type
+    appended = getattr(tower, "cls_emb", None) is not None or getattr(tower, "output_tokens", False)
+    return pool in POOLED_BY_TOKEN and tower.attn_mask is not None and not appended
+
+
+@torch.no_grad()
+def can_trim(model: OpenClip, tokenize: Callable[[list[str]], Tensor]) -> bool:
+    """Whether captions may be cut: tried on the loaded model with captions of several lengths."""
+    if not has_causal_tower(model):
+        return False
+    tokens = tokenize(PROBES).to(next(model.parameters()).device)
+    full = encode_text(model, tokens, trim=False)
+    cut = [encode_text(model, tokens[i : i + 1], trim=True)[0] for i in range(len(tokens))]
+    return bool((torch.stack(cut) - full).abs().max() <= TRIM_TOLERANCE)

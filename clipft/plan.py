@@ -1,0 +1,93 @@
+"""What a run will do, worked out from its config before anything heavy is imported."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipft.config import Config
+from clipft.conf_files import named_data
+from clipft.data.order import steps_per_epoch
+from clipft.data.split import Splits, find_shards, load_splits
+from clipft.model.names import check_model, kind_of
+from clipft.rundir import load_config
+
+if TYPE_CHECKING:  # both import torch, and the command line must answer before that
+    from clipft.model.load import Clip
+    from clipft.ranks import Ranks
+
+FINE_TUNING_LR = 1e-5  # full fine-tuning of ViT-B-32 (WiSE-FT and FLYP use 1e-5 and 3e-5 at most)
+
+
+@dataclass(frozen=True)
+class Steps:
+    per_epoch: int
+    total: int
+    warmup: int
+
+
+def resolve(config: Config) -> Config:
+    """The config with what depends on its base filled in; raises for all that cannot work."""
+    check_model(config.model)
+    splits = load_splits(config.data)
+    for name in config.eval.also:
+        find_shards(named_data(name))
+    count_steps(config, splits)
+    if config.train.batch_size < config.trainer.devices:
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} is less than trainer.devices={config.trainer.devices}: "
+            "some devices would have no sample."
+        )
+    lr = config.optim.lr if config.optim.lr is not None else default_lr(config.model.name)
+    return replace(
+        config, optim=replace(config.optim, lr=lr), data=replace(config.data, name=config.data.name or splits.name)
+    )
+
+
+def count_steps(config: Config, splits: Splits) -> Steps:
+    if splits.train is None:
+        raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
+    per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
+    total = config.train.max_steps or per_epoch * config.train.epochs
+    warmup = round(config.optim.warmup_frac * total)
+    if config.optim.warmup_frac and total > 1 and warmup >= total:
+        raise ValueError(f"optim.warmup_frac={config.optim.warmup_frac} warms up for all {total} steps.")
+    return Steps(per_epoch, total, warmup)
+
+
+def default_lr(model: str) -> float:
+    """For our own runs a tenth of what they were trained with: small models want more than large ones."""
+    if kind_of(model) != "run":
+        return FINE_TUNING_LR
+    lr = load_config(Path(model) / "config.yaml", Config).optim.lr
+    return max(FINE_TUNING_LR, (lr or 0.0) / 10)
+
+
+def plan_lines(
+    config: Config, splits: Splits, steps: Steps, clip: "Clip", ranks: "Ranks", trim: bool, done: int
+) -> list[str]:
+    """What is about to happen, for the terminal."""
+    batch, share = config.train.batch_size, -(-config.train.batch_size // ranks.world)
+    micro = min(config.train.micro_batch or share, share)
+    parameters = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
+    trainable = sum(parameter.numel() for parameter in parameters)
+    total = sum(parameter.numel() for parameter in clip.model.parameters())
+    sizes = ", ".join(f"{name} {len(part):,}" for name in ("train", "val", "test") if (part := getattr(splits, name)))
+    assert splits.train is not None
+    left = len(splits.train) - steps.per_epoch * batch
+    lines = [
+        f"run     {config.runs_dir}/{config.name}" + (f" (goes on at step {done:,} of {steps.total:,})" if done else ""),
+        f"data    {splits.name}: {sizes}",
+        *(f"        {note}" for note in splits.notes),
+        f"model   {clip.name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable",
+        *(f"        {note}" for note in clip.notes),
+        f"steps   {steps.total:,} of {batch} pairs, {steps.per_epoch:,} an epoch ({left} left out each time, others "
+        f"each time), warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
+        f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each in micro-batches of {micro}",
+        f"memory  {4 * (total + 3 * trainable) / 1e9:.2f} GB a device for weights, gradients and AdamW; activations besides",
+        f"text    {'cut after the longest caption of a batch (exact for this tower)' if trim else 'full length'}",
+    ]
+    drops = [p for m in clip.model.modules() if isinstance(p := getattr(m, "p", None), float) and p > 0]
+    if drops:
+        lines.append("note    this model has dropout: another split into devices or micro-batches draws other masks")
+    return lines

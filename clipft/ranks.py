@@ -1,0 +1,87 @@
+"""This process's place among the ranks: device, process group, threads."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from clipft.config import TrainerConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    device: torch.device
+    rank: int
+    world: int
+    local_world: int
+    precision: str
+    """Lightning's name."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision as training uses it, for evaluation."""
+        types = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        if self.precision not in types:
+            return nullcontext()
+        return torch.autocast(self.device.type, types[self.precision])
+
+    def cores(self) -> int:
+        """Processor cores that this rank may count on."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world)
+
+
+Autocast = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def joined(config: TrainerConfig) -> Iterator[Ranks]:
+    """Joins the other ranks (torchrun's variables say which); leaves them at the end."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    device = choose_device(config.accelerator, local_rank)
+    ranks = Ranks(device, rank, world, local_world, config.precision or default_precision(device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(ranks.cores())
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout_s))
+    try:
+        yield ranks
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_device(accelerator: str, local_rank: int) -> torch.device:
+    if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
+        raise ValueError(f"trainer.accelerator={accelerator!r} is unknown. Use auto, cpu, gpu or mps.")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f"trainer.accelerator={accelerator!r}: torch sees no CUDA device. Use auto or cpu.")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("trainer.accelerator='mps': torch sees no MPS device. Use auto or cpu.")
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"trainer.devices asks for device {local_rank + 1} and torch sees {torch.cuda.device_count()}. "
+                "Use fewer trainer.devices, or trainer.accelerator=cpu."
+            )
+        return torch.device("cuda", local_rank)
+    if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 where the GPU has it, fp16 with a scaler on older ones, else fp32 (on CPUs bf16 is often slower)."""
+    if device.type != "cuda":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

@@ -1,0 +1,299 @@
+"""Where the parts meet: train, evaluate, export, each read from top to bottom."""
+
+import json
+import logging
+import platform
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+
+from clipft import __version__
+from clipft.conf_files import named_data
+from clipft.config import Config, EvaluateConfig, Every, parse_every
+from clipft.data.augment import build_augment
+from clipft.data.index import Samples
+from clipft.data.loader import Batch, train_loader
+from clipft.data.split import Splits, load_splits
+from clipft.judge.evaluate import Evaluation, Task, build_task, embed, judge
+from clipft.judge.table import print_results
+from clipft.learn.after_step import AfterStep
+from clipft.learn.checkpoint import AtomicCheckpointIO, saved_step
+from clipft.learn.journal import Journal
+from clipft.learn.loggers import build_loggers
+from clipft.learn.metrics_file import MetricsFile
+from clipft.learn.module import ContrastiveModule, Plan
+from clipft.learn.stop import Timer
+from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
+from clipft.model.load import RUN_CONFIG, Clip, description, load_model
+from clipft.model.names import kind_of
+from clipft.model.weights import load_exactly, read_checkpoint
+from clipft.plan import Steps, count_steps, plan_lines
+from clipft.ranks import Ranks
+from clipft.rundir import load_config, read_results, write_results, write_text
+
+PACKAGES = ("torch", "pytorch-lightning", "open_clip_torch", "timm", "webdataset")
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How features are made for a measurement, the same for every data set and every set of weights of a run."""
+
+    clip: Clip
+    ranks: Ranks
+    trim: bool
+    relevance: str
+    batch_size: int
+    workers: int
+    max_pixels: int
+
+    def __call__(self, task: Task) -> Evaluation:
+        embedded = embed(
+            self.clip,
+            task,
+            batch_size=self.batch_size,
+            device=self.ranks.device,
+            workers=self.workers,
+            max_pixels=self.max_pixels,
+            trim=self.trim,
+            autocast=self.ranks.autocast,
+        )
+        return judge(task, embedded, self.relevance)
+
+
+def train(config: Config, folder: Path, ranks: Ranks) -> int:
+    """Fine-tunes from where the run's folder stands, with the base measured first; returns the exit code."""
+    quiet_libraries()
+    splits = load_splits(config.data)
+    steps = count_steps(config, splits)
+    clip = load_model(config.model, config.train.seed)
+    clip.model.to(ranks.device)
+    trim = can_trim(clip.model, clip.tokenize)
+    done = saved_step(folder / "checkpoints" / "last.ckpt")
+    if ranks.first:
+        write_text(folder / RUN_CONFIG, json.dumps(description(clip), indent=2) + "\n")
+        print("\n".join(plan_lines(config, splits, steps, clip, ranks, trim, done)), flush=True)
+    workers = num_workers(config.data.workers, ranks)
+    measure = Measure(clip, ranks, trim, config.eval.relevance, config.eval.batch_size, workers, config.data.max_pixels)
+    tasks = report_tasks(config, splits, clip)
+    meta = describe_run(config, splits, steps)
+    if config.eval.base and "base" not in read_results(folder):
+        record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
+    if done < steps.total:
+        stopped = fit(config, folder, splits, steps, measure, done)
+        if stopped:
+            return 128 + stopped
+    for name in ("best", "last"):
+        path = folder / "checkpoints" / f"{name}.ckpt"
+        load_exactly(clip.model, read_checkpoint(path), path)
+        record(folder, ranks, name, [(split, measure(task)) for split, task in tasks], meta)
+    if ranks.first:
+        finish(folder)
+    return 0
+
+
+def fit(config: Config, folder: Path, splits: Splits, steps: Steps, measure: Measure, done: int) -> int:
+    """Trains from step `done`; returns the signal that stopped it, or 0."""
+    clip, ranks = measure.clip, measure.ranks
+    assert splits.train is not None and config.optim.lr is not None
+    plan = Plan(
+        num_steps=steps.total,
+        batch_size=config.train.batch_size,
+        micro_batch=config.train.micro_batch or config.train.batch_size,
+        lr=config.optim.lr,
+        seed=config.train.seed,
+    )
+    loader = train_loader(
+        splits.train,
+        augment=build_augment(config.data, clip.preprocess_cfg),
+        tokenize=tokenizer(clip, measure.trim),
+        max_pixels=config.data.max_pixels,
+        positives=config.loss.positives,
+        seed=config.train.seed,
+        batch_size=config.train.batch_size,
+        num_steps=steps.total,
+        rank=ranks.rank,
+        world=ranks.world,
+        start_step=done,
+        workers=measure.workers,
+        pin=ranks.device.type == "cuda",
+    )
+    loggers = build_loggers(config, folder) if ranks.first else []
+    journal = Journal(
+        MetricsFile(folder / "metrics.csv", done) if ranks.first else None,
+        loggers,
+        batch_size=config.train.batch_size,
+        num_steps=steps.total,
+        first_step=done,
+    )
+    after = AfterStep(
+        folder / "checkpoints",
+        journal,
+        save=Timer(parse_every("checkpoint.every", config.checkpoint.every) or Every()),
+        evaluate=Timer(parse_every("eval.every", config.eval.every) or Every(steps=steps.per_epoch)),
+        validate=validation(splits, measure),
+        select=config.eval.select,
+        keep=config.checkpoint.keep,
+        max_bad_frac=config.data.max_bad_frac,
+    )
+    module = ContrastiveModule(clip.model, encoder(clip), config.optim, plan)
+    trainer = build_trainer(ranks, config.trainer.precision, after)
+    trainer.fit(module, loader, ckpt_path=folder / "checkpoints" / "last.ckpt" if done else None, weights_only=True)
+    if after.stop.agreed:
+        journal.print(f"Stopped at step {module.step} of {steps.total}, saved. The same command goes on from there.")
+    return after.stop.agreed
+
+
+def build_trainer(ranks: Ranks, precision: str | None, after: AfterStep) -> pl.Trainer:
+    """Lightning's Trainer for one pass over the loader, whose length is the whole run."""
+    several = ranks.world > 1
+    # Our process group stands already; Lightning joins it. Gradients live in DDP's buckets, not beside them.
+    strategy = DDPStrategy(gradient_as_bucket_view=True) if several else "auto"
+    plugins: list[Any] = [AtomicCheckpointIO(), *([TorchElasticEnvironment()] if several else [])]
+    return pl.Trainer(
+        accelerator={"cuda": "gpu"}.get(ranks.device.type, ranks.device.type),
+        devices=ranks.local_world if several else 1,
+        num_nodes=ranks.world // ranks.local_world,
+        strategy=strategy,
+        precision=precision or ranks.precision,  # pyright: ignore[reportArgumentType]
+        plugins=plugins,
+        callbacks=[after],
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def encoder(clip: Clip):
+    """Batch -> image and text features, with normalisation on the device."""
+    mean, std = clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]
+
+    def encode(batch: Batch) -> tuple[Tensor, Tensor]:
+        image = encode_image(clip.model, to_float(batch.pixels, mean, std))
+        return image, encode_text(clip.model, batch.tokens, trim=False)  # the loader has cut the tokens
+
+    return encode
+
+
+def tokenizer(clip: Clip, trim: bool):
+    """Captions -> tokens, cut to the longest of them where that is exact."""
+
+    def tokenize(captions: list[str]) -> Tensor:
+        tokens = clip.tokenize(captions)
+        return trim_tokens(clip.model, tokens) if trim else tokens
+
+    return tokenize
+
+
+def validation(splits: Splits, measure: Measure):
+    """A function that measures the val split with the present weights; metrics without the data's name."""
+    assert splits.val is not None
+    task = build_task("val", splits.val, splits.classnames, splits.templates, measure.clip.tokenize)
+
+    def validate() -> dict[str, float]:
+        return {name.removeprefix("val/"): value for name, value in measure(task).metrics.items()}
+
+    return validate
+
+
+def report_tasks(config: Config, splits: Splits, clip: Clip) -> list[tuple[str, Task]]:
+    """What the before/after table is made on, with the split's name: the data, eval.also, what the base was trained on."""
+    others = [load_splits(named_data(name)) for name in config.eval.also]
+    if kind_of(config.model.name) == "run":
+        others.append(load_splits(load_config(Path(config.model.name) / "config.yaml", Config).data))
+    tasks: dict[str, tuple[str, Task]] = {}
+    for each in [splits, *others]:
+        if each.name not in tasks:
+            split, samples = reported(each)
+            task = build_task(each.name, samples, each.classnames, each.templates, clip.tokenize)
+            tasks[each.name] = split, task
+    return list(tasks.values())
+
+
+def reported(splits: Splits, split: str | None = None) -> tuple[str, Samples]:
+    """The split that tables are made on, with its name: test where there is one, else val, else train."""
+    found = {"test": splits.test, "val": splits.val, "train": splits.train}
+    for name in [split] if split else list(found):
+        samples = found[name]
+        if samples is not None:
+            return name, samples
+    raise ValueError(f"split={split!r}: {splits.name} has none. It has: {[k for k, v in found.items() if v]}.")
+
+
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
+    """Prints retrieval and zero-shot numbers of a model on one split of a data set."""
+    quiet_libraries()
+    splits = load_splits(config.data)
+    split, samples = reported(splits, config.split)
+    clip = load_model(config.model, seed=0)
+    clip.model.to(ranks.device)
+    trim = can_trim(clip.model, clip.tokenize)
+    workers = num_workers(config.data.workers, ranks)
+    measure = Measure(clip, ranks, trim, config.relevance, config.batch_size, workers, config.data.max_pixels)
+    task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize)
+    evaluation = measure(task)
+    if ranks.first:
+        gallery = {splits.name: {"split": split, **evaluation.gallery}}
+        results = {"model": evaluation.metrics, "meta": {"gallery": gallery, "relevance": config.relevance}}
+        print_results(results, sys.stdout)
+        if config.out:
+            write_text(Path(config.out), json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def record(
+    folder: Path, ranks: Ranks, column: str, evaluations: list[tuple[str, Evaluation]], meta: dict[str, Any]
+) -> None:
+    """Adds a column to results.json."""
+    if not ranks.first:
+        return
+    metrics = {name: value for _, evaluation in evaluations for name, value in evaluation.metrics.items()}
+    gallery = {each.name: {"split": split, **each.gallery} for split, each in evaluations}
+    write_results(folder, read_results(folder) | {column: metrics, "meta": meta | {"gallery": gallery}})
+
+
+def describe_run(config: Config, splits: Splits, steps: Steps) -> dict[str, Any]:
+    """What one has to know to read the numbers of results.json."""
+    split, _ = reported(splits)
+    return {
+        "split": split,
+        "relevance": config.eval.relevance,
+        "selected_by": f"val {config.eval.select}",
+        "seed": config.train.seed,
+        "steps": steps.total,
+        "samples": {name: len(part) for name in ("train", "val", "test") if (part := getattr(splits, name))},
+        "fingerprint": {name: part.fingerprint for name in ("train", "val", "test") if (part := getattr(splits, name))},
+        "versions": {"clipft": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def finish(folder: Path) -> None:
+    results = read_results(folder)
+    write_results(folder, results | {"meta": results["meta"] | {"finished": True}})
+    print_results(results, sys.stdout)
+    print(f"Results {folder}/results.json, weights {folder}/checkpoints/best.ckpt. Next: clipft export run={folder}")
+
+
+def num_workers(asked: int | None, ranks: Ranks) -> int:
+    """Loader processes of this rank: all its cores but the one that trains."""
+    return asked if asked is not None else min(MOST_WORKERS, ranks.cores() - 1)
+
+
+def quiet_libraries() -> None:
+    """Lightning's tips and its advice on loaders that are not ours to heed."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="lightning_fabric")

@@ -1,0 +1,128 @@
+"""Which folder a run lives in, and whether it begins, goes on or is finished. Nothing heavy is imported here."""
+
+import itertools
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from clipft.config import Config
+
+Schema = TypeVar("Schema")
+
+# Settings that the result does not depend on: a run may go on under other ones.
+FREE = (
+    "name",
+    "runs_dir",
+    "resume",
+    "logger",
+    "train.micro_batch",
+    "data.workers",
+    "checkpoint",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.dist_timeout_s",
+)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+    state: str
+    """new, resumed or finished."""
+
+
+def settle(config: Config) -> RunDir:
+    """Chooses and prepares the run's folder; an old run's files are kept, moved or refused as config.resume says."""
+    if config.name is not None:
+        return _enter(Path(config.runs_dir) / config.name, config)
+    for number in itertools.count(1):
+        path = Path(config.runs_dir) / (default_name(config) + (f"-{number}" if number > 1 else ""))
+        if not (path / "config.yaml").exists():
+            return _enter(path, config)
+        same = not differences(load_config(path / "config.yaml", Config), config)
+        if same and (config.resume == "restart" or not is_finished(path)):
+            return _enter(path, config)
+    raise AssertionError("unreachable")
+
+
+def default_name(config: Config) -> str:
+    return f"{Path(config.model.name).name}-{config.data.name or 'data'}"
+
+
+def _enter(path: Path, config: Config) -> RunDir:
+    file = path / "config.yaml"
+    if not file.exists():
+        if path.exists() and any(path.iterdir()):
+            raise ValueError(f"name={path.name!r}: {path} exists and is no run (it has no config.yaml). Use another name.")
+        return _begin(path, config)
+    if config.resume == "restart":
+        old = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
+        path.rename(old)
+        return _begin(path, config)
+    changed = differences(load_config(file, Config), config)
+    if changed and config.resume != "force":
+        lines = "\n".join(f"  {key}: {old} -> {new}" for key, old, new in changed)
+        raise ValueError(
+            f"{path} belongs to another config:\n{lines}\n"
+            "Use another name=, resume=force to go on under the new config, or resume=restart to begin again."
+        )
+    if not changed and is_finished(path):
+        return RunDir(path, "finished")
+    has_state = (path / "checkpoints" / "last.ckpt").exists()
+    save_config(file, replace(config, name=path.name))
+    return RunDir(path, "resumed" if has_state else "new")
+
+
+def _begin(path: Path, config: Config) -> RunDir:
+    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    save_config(path / "config.yaml", replace(config, name=path.name))
+    return RunDir(path, "new")
+
+
+def is_finished(path: Path) -> bool:
+    return bool(read_results(path).get("meta", {}).get("finished"))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The run's results.json; empty where there is none yet."""
+    file = path / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file's content in one move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """Keys that matter for the result and have other values, with both."""
+    before, after = flat(OmegaConf.to_container(OmegaConf.structured(old))), flat(OmegaConf.to_container(OmegaConf.structured(new)))
+    keys = [key for key in after if not any(key == free or key.startswith(f"{free}.") for free in FREE)]
+    return [(key, before.get(key), after[key]) for key in keys if before.get(key) != after[key]]
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    if not isinstance(node, dict):
+        return {prefix.removesuffix("."): node}
+    return {key: value for name, child in node.items() for key, value in flat(child, f"{prefix}{name}.").items()}
+
+
+def save_config(path: Path, config: Any) -> None:
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load_config(path: Path, schema: type[Schema]) -> Schema:
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    assert isinstance(config, schema)
+    return config

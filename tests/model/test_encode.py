@@ -1,0 +1,115 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
+from clipft.model.load import build
+from clipft.model.names import architecture_cfg
+
+CAPTIONS = ["a", "a dog!!!", "two brown dogs run over wet grass"]
+EOS = 49407  # of open_clip's tokenizer
+
+
+def tiny(text=None, **change):
+    torch.manual_seed(0)
+    cfg = architecture_cfg("tiny")
+    return build("tiny", {**cfg, "text_cfg": {**cfg["text_cfg"], "width": 32, **(text or {})}, **change}, {})
+
+
+CAUSAL = {
+    "CLIP": {},
+    "CLIP with a projection with bias": {"text": {"proj_bias": True}},
+    "CustomTextCLIP": {"custom_text": True},
+    "CustomTextCLIP pooling at its end token": {
+        "custom_text": True,
+        "text": {"pool_type": "eos", "eos_id": EOS},
+    },
+    "CustomTextCLIP pooling at the first token": {"custom_text": True, "text": {"pool_type": "first"}},
+    "CustomTextCLIP without projection": {"custom_text": True, "text": {"proj_type": "none", "width": 128}},
+}
+OTHER = {
+    "bidirectional": {"custom_text": True, "text": {"no_causal_mask": True}},
+    "pooling at the last position": {"custom_text": True, "text": {"pool_type": "last"}},
+    "class token after the text": {"custom_text": True, "text": {"embed_cls": True}},
+}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_cut_captions_give_open_clips_features_and_gradients(kind):
+    clip = tiny(**CAUSAL[kind])
+    model, tokens = clip.model.double(), clip.tokenize(CAPTIONS)
+    weight = torch.randn(3, 128, dtype=torch.float64)
+    full = F.normalize(model.encode_text(tokens), dim=-1)
+    expected = gradients(model, (full * weight).sum())
+    cut = encode_text(model, tokens, trim=True)
+    assert_close(cut, full, rtol=0, atol=1e-12)
+    assert_close(gradients(model, (cut * weight).sum()), expected, rtol=1e-9, atol=1e-12)
+    assert trim_tokens(model, tokens).shape[1] < tokens.shape[1]
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_causal_towers_pooling_at_a_token_may_be_trimmed(kind):
+    clip = tiny(**CAUSAL[kind])
+    assert can_trim(clip.model, clip.tokenize)
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_other_towers_keep_their_full_length(kind):
+    clip = tiny(**OTHER[kind])
+    assert not can_trim(clip.model, clip.tokenize)
+
+
+def test_the_cut_is_after_the_longest_captions_end_though_a_caption_may_hold_the_padding_id():
+    clip = tiny()
+    start = EOS - 1
+    tokens = torch.zeros(2, clip.model.context_length, dtype=torch.long)
+    tokens[0, :3] = torch.tensor([start, 0, EOS])
+    tokens[1, :6] = torch.tensor([start, 320, 0, 0, 0, EOS])  # 0 is "!" inside a word
+    assert torch.equal(trim_tokens(clip.model, tokens), tokens[:, :6])
+
+
+def test_tokens_cut_beforehand_give_the_same_features():
+    clip = tiny()
+    tokens = clip.tokenize(CAPTIONS)
+    with torch.no_grad():
+        cut = encode_text(clip.model, trim_tokens(clip.model, tokens), trim=False)
+        assert_close(cut, encode_text(clip.model, tokens, trim=False), rtol=0, atol=1e-6)
+
+
+def test_a_caption_longer_than_the_context_is_not_cut():
+    clip = tiny()
+    tokens = clip.tokenize(["word " * 100, "a"])
+    assert trim_tokens(clip.model, tokens).shape == tokens.shape
+
+
+def test_features_have_length_one_in_fp32_under_autocast():
+    clip = tiny()
+    pixels, tokens = torch.randn(2, 3, 64, 64), clip.tokenize(CAPTIONS)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        for features in (encode_image(clip.model, pixels), encode_text(clip.model, tokens, trim=True)):
+            assert features.dtype == torch.float32
+            assert_close(features.norm(dim=-1), torch.ones(len(features)), rtol=0, atol=1e-6)
+
+
+def test_a_bf16_model_takes_fp32_pixels():
+    clip = tiny()
+    features = encode_image(clip.model.bfloat16(), torch.randn(2, 3, 64, 64))
+    assert features.dtype == torch.float32
+
+
+def test_pixels_become_what_torchvision_makes_of_them():
+    from PIL import Image
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    pixels = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
+    mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    oracle = Compose([ToTensor(), Normalize(mean, std)])
+    expected = torch.stack([oracle(Image.fromarray(one.numpy())) for one in pixels])
+    assert_close(to_float(pixels, mean, std), expected, rtol=1e-6, atol=1e-6)
