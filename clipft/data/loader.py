@@ -218,7 +218,7 @@ def as_it_is(item: Any) -> Any:
 
 
 def outlive_stop_signals(_: int) -> None:
-    """Lets a worker go on when a stop signal reaches every process of the job: the last step needs its batches.
+    """Lets a worker go on when a stop signal goes to all processes: the last step still needs its batches.
 
     Only SIGTERM from the training process itself ends it; that is how multiprocessing cleans up.
     """

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -117,9 +117,15 @@ def read_description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The two halves of open_clip_config.json or model.json."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content["model_cfg"], content.get("preprocess_cfg", {})
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - content["model_cfg"].keys()
+        model_cfg, preprocess_cfg = content["model_cfg"], content.get("preprocess_cfg", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} must be JSON with "model_cfg" and "preprocess_cfg": {error!r}.') from error
+    if missing:
+        raise ValueError(
+            f'{path} must be JSON with "model_cfg" of a CLIP: {", ".join(sorted(missing))} missing.'
+        )
+    return model_cfg, preprocess_cfg
 
 
 def build(name: str, model_cfg: dict, preprocess_cfg: dict, tokenizer_dir: Path | None = None) -> Clip:
@@ -148,7 +154,7 @@ def build(name: str, model_cfg: dict, preprocess_cfg: dict, tokenizer_dir: Path 
     return Clip(
         model=model,
         tokenize=tokenize,
-        preprocess=image_transform_v2(PreprocessCfg(**merged), is_train=False),
+        preprocess=cast(Any, image_transform_v2(PreprocessCfg(**merged), is_train=False)),
         model_cfg=deepcopy(model_cfg),
         preprocess_cfg=json.loads(json.dumps(merged)),  # lists for tuples, as a reload will have them
         name=name,

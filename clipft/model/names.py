@@ -44,7 +44,7 @@ def call_keywords(node: ast.expr) -> dict[str, ast.expr]:
         return {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
     if isinstance(node, ast.Dict):
         entries = zip(node.keys, node.values, strict=True)
-        return {key.value: value for key, value in entries if isinstance(key, ast.Constant)}
+        return {str(key.value): value for key, value in entries if isinstance(key, ast.Constant)}
     raise AssertionError(f"unexpected {type(node).__name__} in open_clip/pretrained.py")
 
 

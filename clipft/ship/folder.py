@@ -61,7 +61,8 @@ def export_folder(
     files: key and original bytes of validation images; ours: their features as clipft measured them.
     card: makes README.md from the check.
     """
-    if out.is_file() or (out.exists() and any(out.iterdir())) and not (out / CONFIG_NAME).is_file():
+    occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if occupied and not (out / CONFIG_NAME).is_file():
         raise ValueError(f"out={str(out)!r} holds something else than an export. Give another folder.")
     with staged(out) as folder:
         write_folder(clip, folder)

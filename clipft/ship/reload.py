@@ -9,18 +9,20 @@ is read as anybody else would read it.
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 BATCH = 64
 
 
-def preprocessed(path: Path, preprocess) -> Tensor | str:
+def preprocessed(path: Path, preprocess: Any) -> Tensor | str:
     """The image as a user of open_clip would prepare it, or why that fails."""
     try:
         with Image.open(path) as image:
@@ -29,9 +31,7 @@ def preprocessed(path: Path, preprocess) -> Tensor | str:
         return f"plain Pillow cannot open it: {error}"
 
 
-def encode_files(
-    model: nn.Module, preprocess, paths: list[Path], width: int
-) -> tuple[Tensor, dict[str, str]]:
+def encode_files(model: Any, preprocess: Any, paths: list[Path], width: int) -> tuple[Tensor, dict[str, str]]:
     """Unit features of the files, zero for those that cannot be opened, and the reasons by file name."""
     features, failed = torch.zeros(len(paths), width), {}
     for start in range(0, len(paths), BATCH):
@@ -50,9 +50,8 @@ def encode_files(
 
 @torch.no_grad()
 def main(folder: str, job: Path) -> None:
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        f"local-dir:{folder}", require_pretrained=True
-    )
+    create: Callable[..., tuple[Any, Any, Any]] = cast(Any, open_clip.create_model_and_transforms)
+    model, _, preprocess = create(f"local-dir:{folder}", require_pretrained=True)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()
     inputs = load_file(job / "inputs.safetensors")

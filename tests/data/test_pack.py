@@ -1,0 +1,251 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from clipft.config import DataConfig, PackConfig
+from clipft.data.caption import captions_of
+from clipft.data.pack import describe, pack
+from clipft.data.split import load_splits
+
+
+def write_source(folder, rows, kind="png"):
+    """A folder with metadata.jsonl and a distinct image for each row that names one."""
+    (folder / "images").mkdir(parents=True)
+    for number, row in enumerate(rows):
+        path = folder / str(row.get("image", f"images/{number}.{kind}"))
+        if "image" in row and path.suffix == f".{kind}" and not path.exists() and ".." not in row["image"]:
+            Image.new("RGB", (4, 3), (number % 256, number // 256, 7)).save(path)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def captioned(num, split="train", start=0):
+    return [
+        {
+            "image": f"images/{i}.png",
+            "captions": [f"picture {i}", f"number {i}"],
+            "split": split,
+            "licence": "CC0",
+        }
+        for i in range(start, start + num)
+    ]
+
+
+def run(source, out, **options):
+    return pack(PackConfig(source=str(source), out=str(out), **options))
+
+
+def read(folder, pattern="*.tar"):
+    """All samples by webdataset itself, in order."""
+    shards = sorted(map(str, Path(folder).glob(pattern)))
+    return list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+
+
+def bytes_of(folder):
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".index.json")
+    }
+
+
+def test_webdataset_reads_back_every_row_with_its_own_image_and_captions(tmp_path):
+    rows = captioned(7) + captioned(3, "test", start=7)
+    source = write_source(tmp_path / "source", rows)
+    run(source, tmp_path / "out", shard_samples=4)
+    samples = {**{s["__key__"]: s for s in read(tmp_path / "out")}}
+    assert len(samples) == 10
+    for number, row in enumerate(rows):
+        sample = samples[f"{number + 1:06d}-{number}"]
+        assert sample["png"] == (source / row["image"]).read_bytes()
+        assert json.loads(sample["json"]) == row
+        assert sample["txt"].decode() == f"picture {number}\nnumber {number}\n"
+        assert "cls" not in sample
+        text = {kind: sample[kind] for kind in ("json", "txt")}
+        assert captions_of(text) == captions_of({"txt": sample["txt"]}) == row["captions"]
+
+
+def test_the_packed_folder_loads_as_splits(tmp_path):
+    source = write_source(
+        tmp_path / "source", captioned(7) + captioned(3, "dev", 7) + captioned(2, "test", 10)
+    )
+    run(source, tmp_path / "out")
+    splits = load_splits(DataConfig(path=str(tmp_path / "out")))
+    assert splits.train is not None and splits.val is not None and splits.test is not None
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [7, 3, 2]
+    assert splits.val.key(0).endswith("000008-7")
+
+
+def test_shards_are_balanced_and_keep_the_order_of_the_rows(tmp_path):
+    source = write_source(tmp_path / "source", captioned(23))
+    packed = run(source, tmp_path / "out", shard_samples=5)
+    sizes = [len(read(tmp_path / "out", path.name)) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert packed.shards == {"train": 5} and sum(sizes) == 23 and max(sizes) - min(sizes) <= 1
+    keys = [sample["__key__"] for sample in read(tmp_path / "out")]
+    assert keys == sorted(keys)
+
+
+def test_split_names_are_mapped_and_strange_ones_kept(tmp_path):
+    names = ["train", "Training", "dev", "valid", "validation", "val", "test", "extra", "my split", None]
+    rows = [{"image": f"images/{i}.png", "text": "x", "split": name} for i, name in enumerate(names)]
+    rows.append({"image": "images/last.png", "text": "x"})
+    packed = run(write_source(tmp_path / "source", rows), tmp_path / "out")
+    assert packed.samples == {"train": 4, "val": 4, "test": 1, "extra": 1, "my-split": 1}
+    assert list(packed.samples)[:3] == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize("image", ["image", "file_name", "filepath", "path"])
+@pytest.mark.parametrize("caption", ["captions", "caption", "text", "title"])
+def test_columns_are_found_by_name(tmp_path, image, caption):
+    source = write_source(tmp_path / "source", [{"image": "images/0.png"}])
+    (source / "metadata.jsonl").write_text(json.dumps({image: "images/0.png", caption: "a dog", "id": 3}))
+    run(source, tmp_path / "out")
+    [sample] = read(tmp_path / "out")
+    assert json.loads(sample["json"]) == {"captions": ["a dog"], image: "images/0.png", "id": 3}
+
+
+@pytest.mark.parametrize(
+    "labels, classnames",
+    [
+        (["tulip", "daisy", " rose ", "daisy"], ["daisy", "rose", "tulip"]),
+        ([10, 9, 2, 9], ["2", "9", "10"]),
+        (["10", "nine", "2", "2"], ["10", "2", "nine"]),
+    ],
+)
+def test_labels_are_numbered_in_class_order(tmp_path, labels, classnames):
+    rows = [{"image": f"images/{i}.png", "label": label} for i, label in enumerate(labels)]
+    templates = ["a photo of a {c}.", "{c}"]
+    run(write_source(tmp_path / "source", rows), tmp_path / "out", templates=templates)
+    assert (tmp_path / "out/classnames.txt").read_text().splitlines() == classnames
+    assert (tmp_path / "out/zeroshot_classification_templates.txt").read_text().splitlines() == templates
+    for sample, label in zip(read(tmp_path / "out"), labels, strict=True):
+        assert classnames[int(sample["cls"])] == str(label).strip()
+        assert "txt" not in sample
+
+
+def test_newlines_in_a_caption_become_spaces_in_the_text_only(tmp_path):
+    rows = [{"image": "images/0.png", "captions": ["two\nlines\u2028and a\r\nthird", "ein Mädchen"]}]
+    run(write_source(tmp_path / "source", rows), tmp_path / "out")
+    [sample] = read(tmp_path / "out")
+    assert sample["txt"].decode() == "two lines and a third\nein Mädchen\n"
+    assert json.loads(sample["json"])["captions"] == rows[0]["captions"]
+
+
+def test_packing_twice_gives_the_same_bytes_and_changes_nothing(tmp_path):
+    source = write_source(tmp_path / "source", [{**row, "label": "x"} for row in captioned(9)])
+    run(source, tmp_path / "a/set", shard_samples=4)
+    run(source, tmp_path / "b/set", shard_samples=4)
+    assert bytes_of(tmp_path / "a/set") == bytes_of(tmp_path / "b/set")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a/set").iterdir()}
+    run(source, tmp_path / "a/set", shard_samples=4)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a/set").iterdir()}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["set"]
+
+
+def test_the_indexes_beside_the_shards_are_fresh(tmp_path):
+    run(write_source(tmp_path / "source", captioned(5)), tmp_path / "out")
+    [shard] = (tmp_path / "out").glob("*.tar")
+    index = json.loads((tmp_path / "out" / (shard.name + ".index.json")).read_text())
+    assert (index["size"], index["mtime_ns"]) == (shard.stat().st_size, shard.stat().st_mtime_ns)
+
+
+def test_another_set_under_the_same_name_is_refused_and_the_old_one_kept(tmp_path):
+    run(write_source(tmp_path / "one", captioned(3)), tmp_path / "out")
+    before = bytes_of(tmp_path / "out")
+    other = write_source(tmp_path / "two", captioned(4))
+    with pytest.raises(ValueError, match="holds another packed set"):
+        run(other, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == before
+    labelled = write_source(tmp_path / "three", [{"image": "images/0.png", "label": "x"}])
+    run(labelled, tmp_path / "classes")
+    with pytest.raises(ValueError, match="templates.txt differs"):
+        run(labelled, tmp_path / "classes", templates=["{c}"])
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    source = write_source(tmp_path / "source", captioned(2))
+    with pytest.raises(ValueError, match="not empty"):
+        run(source, source)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        run(source, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert run(source, tmp_path / "empty").samples == {"train": 2}
+
+
+def test_every_row_that_is_left_out_is_named_with_its_line_and_reason(tmp_path):
+    rows = [
+        {"image": "images/0.png", "text": "fine"},
+        {"image": "images/missing.jpg", "text": "x"},
+        {"image": "images", "text": "x"},
+        {"image": "../outside.png", "text": "x"},
+        {"image": None, "text": "x"},
+        {"text": "x"},
+        {"image": "images/6.png", "text": " "},
+        {"image": "images/7.png", "label": [1]},
+        {"image": "images/8.png", "text": "\ud800"},
+        {"image": "notes.txt", "text": "x"},
+        {"image": "images/cut.png2", "text": "x"},
+    ]
+    source = write_source(tmp_path / "source", rows)
+    Image.new("RGB", (4, 3)).save(tmp_path / "outside.png")
+    (source / "notes.txt").write_text("no image")
+    (source / "images/cut.png2").write_bytes((source / "images/0.png").read_bytes()[:20])
+    with open(source / "metadata.jsonl", "ab") as file:
+        file.write(b'\n{"image": "cut\n[1, 2]\n{"image": "M\xe4dchen"}\n')
+    packed = run(source, tmp_path / "out")
+    assert packed.samples == {"train": 1} and packed.captions == {"train": 1}
+    assert packed.dropped == {
+        "image_missing": [2, 3],
+        "image_outside_source": [4],
+        "no_image": [5, 6],
+        "no_caption_or_label": [7],
+        "bad_label": [8],
+        "bad_utf8": [15, 9],
+        "format_not_allowed": [10],
+        "image_header_damaged": [11],
+        "bad_json": [13],
+        "not_an_object": [14],
+    }
+    table = describe(packed)
+    assert "left out: 2 image_missing (metadata.jsonl lines 2, 3)" in table
+    assert "left out: 1 bad_json (metadata.jsonl line 13)" in table
+
+
+def test_a_source_that_cannot_be_packed_says_what_is_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no metadata.jsonl"):
+        run(tmp_path / "nothing", tmp_path / "out")
+    source = write_source(tmp_path / "source", [{"picture": "1.png", "text": "x"}])
+    with pytest.raises(ValueError, match=r"no column for the image.*found picture, text"):
+        run(source, tmp_path / "out")
+    (source / "metadata.jsonl").write_text('{"image": "gone.png", "text": "x"}\n{broken\n')
+    with pytest.raises(
+        ValueError, match=r"bad_json: metadata.jsonl line 2; image_missing: metadata.jsonl line 1"
+    ):
+        run(source, tmp_path / "out")
+    (source / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match="it is empty"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_halfway_leaves_nothing_behind(tmp_path, monkeypatch):
+    source = write_source(tmp_path / "source", captioned(3))
+    (source / "images/2.png").unlink()
+    (source / "images/2.png").symlink_to("0.png")
+    monkeypatch.setattr(
+        "clipft.data.pack.write_index", lambda path: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        run(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_images_keep_their_bytes_and_take_the_extension_of_their_content(tmp_path):
+    source = write_source(tmp_path / "source", [{"image": "images/wrong.gif", "text": "x"}])
+    Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save(source / "images/wrong.gif", "JPEG")
+    run(source, tmp_path / "out")
+    [sample] = read(tmp_path / "out")
+    assert sample["jpg"] == (source / "images/wrong.gif").read_bytes()
