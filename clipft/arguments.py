@@ -82,11 +82,11 @@ def check_key(argument: str, key: str, has_value: bool, keys: set[str], groups: 
     known = [*keys, *groups]
     if key in known and has_value:
         return
-    near = difflib.get_close_matches(key.lstrip("+~"), known, n=1, cutoff=0.5)
-    if not near and "." in key:  # the right name in the wrong node
-        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    elif not near:
-        near = [name for name in known if name.split(".")[-1] == key]
+    bare = key.lstrip("+~")
+    # The right name in the wrong node comes before a name that is merely spelt alike.
+    near = [name for name in known if name.split(".")[-1] == bare.split(".")[-1] != bare]
+    near = near or [name for name in known if name.split(".")[-1] == bare]
+    near = near or difflib.get_close_matches(bare, known, n=1, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else " --help lists all options."
     if not has_value:
         raise ValueError(f"{argument!r} has no value: options are written key=value.{hint}")

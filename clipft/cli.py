@@ -87,17 +87,23 @@ def compose(command: Command, arguments: list[str]) -> int:
 
     register(command)
     codes: list[int] = []
+    errors: list[Exception] = []
 
     def job(node: Any) -> None:
-        codes.append(command.job(OmegaConf.to_object(node)))
+        try:
+            codes.append(command.job(OmegaConf.to_object(node)))
+        except (ValueError, OmegaConfBaseException) as error:  # Hydra would print its own text before ours
+            errors.append(error)
 
     before, sys.argv = sys.argv, ["clipft", *overrides]
     try:
         hydra.main(config_path=str(conf_dirs()[-1]), config_name=command.conf, version_base="1.3")(job)()
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
+        errors.append(error)
     finally:
         sys.argv = before
+    for error in errors:
+        raise ValueError(explain(error)) from error
     return max(codes, default=0)
 
 
@@ -124,7 +130,7 @@ def register(command: Command) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The message of Hydra or OmegaConf with the key it is about."""
+    """The message, of Hydra or OmegaConf with the key it is about."""
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None) or ""
     text = str(getattr(cause, "msg", None) or cause).splitlines()[0]
@@ -170,9 +176,7 @@ def evaluate(config: EvaluateConfig) -> int:
 
 
 def export(config: ExportConfig) -> int:
-    from clipft.model.names import kind_of
-
-    if kind_of(config.run) != "run":
+    if not (Path(config.run) / "config.yaml").is_file():
         raise ValueError(f"run={config.run!r} is no run directory (with config.yaml and checkpoints/).")
     return launch_from_file("export", config, devices=1)
 

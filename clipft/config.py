@@ -36,14 +36,14 @@ def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{key}={value!r} is unknown. Use one of: {', '.join(choices)}.")
 
 
-def positive(**values: float | None) -> None:
+def positive(**values: float | int | None) -> None:
     """Raise for the first value that is given and not above zero; `__` in a name stands for the dot of its key."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name.replace('__', '.')}={value} must be greater than 0.")
 
 
-def fraction(**values: float | None) -> None:
+def fraction(**values: float | int | None) -> None:
     """Raise for the first value that is given and outside 0..1."""
     for name, value in values.items():
         if value is not None and not 0 <= value <= 1:
@@ -174,8 +174,9 @@ class TrainConfig:
     """Order, captions, augmentation and random weights follow from it."""
 
     def __post_init__(self):
+        if self.batch_size < 2:
+            raise ValueError(f"train.batch_size={self.batch_size}: a contrastive batch needs at least 2 pairs.")
         positive(
-            train__batch_size=self.batch_size - 1,
             train__micro_batch=self.micro_batch,
             train__epochs=self.epochs,
             train__max_steps=self.max_steps,

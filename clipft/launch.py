@@ -31,7 +31,7 @@ def launch(command: str, config_file: Path, devices: int) -> int:
     try:
         return supervise(ranks)
     finally:
-        end_all(ranks, grace_s=0)
+        end_all(ranks, grace_s=0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
