@@ -192,7 +192,7 @@ def launch_from_file(command: str, config: Any, devices: int) -> int:
 def pack(config: PackConfig) -> int:
     from clipft.data import pack as module
 
-    module.pack(config)
+    print(module.describe(module.pack(config)))
     return 0
 
 

@@ -49,7 +49,7 @@ def joined(config: TrainerConfig) -> Iterator[Ranks]:
     ranks = Ranks(device, rank, world, local_world, config.precision or default_precision(device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(ranks.cores())
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -1,3 +1,7 @@
-import torch
+import os
 
-torch.set_num_threads(1)  # ranks are forked, and threads of the parent do not come along
+os.environ["OMP_NUM_THREADS"] = "1"  # ranks are forked, and a pool of threads does not come along
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

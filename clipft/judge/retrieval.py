@@ -57,11 +57,9 @@ def retrieval_metrics(
                 score = scores(image[start:stop][asked], text_rows)[:, row_of_card]
                 yield first_hits(score, linked[asked][:, card_key], card_count)
 
-    by_card = torch.cat(list(texts_to_images()), dim=1)
+    by_text = torch.cat(list(texts_to_images()), dim=1).repeat_interleave(card_count, dim=1)
     by_image = torch.cat(list(images_to_texts()), dim=1)
-    return direction("text_to_image", by_card.repeat_interleave(card_count, dim=1)) | direction(
-        "image_to_text", by_image
-    )
+    return direction("text_to_image", by_text) | direction("image_to_text", by_image)
 
 
 def check_finite(name: str, features: Float[Tensor, "N D"]) -> None:
@@ -177,5 +175,6 @@ def median(values: Float[Tensor, "q"]) -> float:
 
 
 def direction(name: str, hits: Int[Tensor, "3 Q"]) -> dict[str, float]:
+    hits = hits.cpu()  # float64 from here on, which not every device has
     recalls = {f"{name}_recall@{k}": float(hit_chance(hits, k).mean()) for k in KS}
     return recalls | {f"{name}_median_rank": median(expected_rank(hits))}

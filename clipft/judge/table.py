@@ -1,19 +1,19 @@
 """results.json -> the before/after table, in plain characters that any terminal, log file or README shows."""
 
 from io import StringIO, TextIOWrapper
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = ("base", "best", "last")
+COLUMNS = ("model", "base", "best", "last")  # model: a single measurement, without a run
 MIN_WIDTH = 80
 ABSENT = "-"
 
 
-def print_results(results: dict[str, Any], file: TextIOWrapper | StringIO | None = None) -> None:
+def print_results(results: dict[str, Any], file: TextIO | TextIOWrapper | StringIO | None = None) -> None:
     """Writes a table per data set, headed by the split and the sizes of the galleries."""
     console = Console(file=file, markup=False, highlight=False)
     console.width = max(console.width, MIN_WIDTH)

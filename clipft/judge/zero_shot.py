@@ -36,11 +36,12 @@ def zero_shot_metrics(
         ],
         dim=1,
     )
+    hits = hits.cpu()  # float64 from here on, which not every device has
     top1 = hit_chance(hits, 1)
     return {
         "zero_shot_top1": float(top1.mean()),
         "zero_shot_top5": float(hit_chance(hits, 5).mean()),
-        "zero_shot_mean_per_class": float(mean_per_class(top1, label)),
+        "zero_shot_mean_per_class": float(mean_per_class(top1, label.cpu())),
     }
 
 

@@ -85,6 +85,9 @@ class AfterStep(pl.Callback):
         self.evaluate.restart()
         self.end = time.perf_counter()
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.stop.uninstall()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

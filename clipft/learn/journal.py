@@ -4,7 +4,9 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
+
+from pytorch_lightning.loggers import Logger
 
 from clipft.learn.metrics_file import MetricsFile
 from clipft.learn.module import StepRecord
@@ -14,15 +16,11 @@ DRAW_EVERY_S = 0.2
 LOG_EVERY_S = 1.0  # loggers may be on the far side of a network
 
 
-class MetricLogger(Protocol):
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
-
-
 class Journal:
     def __init__(
         self,
         file: MetricsFile | None,
-        loggers: Sequence[MetricLogger],
+        loggers: Sequence[Logger],
         *,
         batch_size: int,
         num_steps: int,

@@ -3,6 +3,7 @@
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 from clipft.config import Every
 
@@ -29,10 +30,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = 0
         self.agreed = 0
+        self.before: dict[int, Any] = {}
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def uninstall(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == self.received == signal.SIGINT:

@@ -57,7 +57,7 @@ def test_none_is_the_evaluation_geometry_of_open_clip(torchvision, shape, mode, 
         canvas.paste(expected, ((32 - expected.width) // 2, (32 - expected.height) // 2))
         expected = canvas
     gap = difference(found, expected)
-    # Newer Pillow takes the vertical pass of tall pictures first; clipping in between then differs here and there.
+    # Newer Pillow takes the vertical pass of tall pictures first, so that it clips elsewhere in between.
     assert gap.max() <= 2 or (shape[0] > shape[1] and (gap > 2).mean() < 2e-3 and gap.max() <= 10)
 
 
@@ -101,7 +101,7 @@ def test_crop_boxes_are_distributed_as_those_of_torchvision(torchvision, height,
         a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
         grid = np.union1d(a, b)
         cumulated = [np.searchsorted(x, grid, side="right") / num for x in (a, b)]
-        # Kolmogorov and Smirnov: a gap above 1.95 * sqrt(2 / num) has a chance of 0.001 under equal distributions.
+        # Kolmogorov and Smirnov: equal distributions have a gap above this in one of 1000 cases.
         assert np.abs(cumulated[0] - cumulated[1]).max() < 1.95 * np.sqrt(2 / num)
 
 

@@ -83,5 +83,13 @@ def test_only_a_base_can_be_shown():
     assert "emoji" in text.splitlines()[0]
 
 
+def test_a_single_measurement_is_one_column():
+    text = printed(
+        {"model": {f"emoji/{RECALL}": 0.5}, "meta": {"gallery": {"emoji": GALLERY | {"split": "val"}}}}
+    )
+    assert cells(text, RECALL) == ["0.5000"]
+    assert text.startswith("emoji, val split: 1,000 images")
+
+
 def test_markup_in_names_is_inert():
     assert "[red]x[/red]" in printed({"base": {f"[red]x[/red]/{RECALL}": 0.5}})

@@ -1,0 +1,132 @@
+"""Whole runs: what they leave, what a kill costs, what ranks change."""
+
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from small import make_config, make_data, make_model, outcome, train_here
+
+from clipft.config import Config
+from clipft.learn.after_step import AfterStep
+from clipft.learn.metrics_file import read_rows
+from clipft.rundir import read_results
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_model(folder / "model")
+    make_data(folder / "data")
+    return folder
+
+
+def in_child(function: Callable[[], object]) -> int:
+    """Runs the function in a forked process; its exit code, negative for a signal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork in a process with threads
+        process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(function() or 0))  # pyright: ignore
+        process.start()
+    process.join(100)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def train_and_die(config: Config, step: int, number: int) -> int:
+    """Trains, and sends itself the signal when step `step` has ended."""
+    end = AfterStep.on_train_batch_end
+
+    def then_signal(self, trainer, module, *rest):
+        end(self, trainer, module, *rest)
+        if module.step == step:
+            os.kill(os.getpid(), number)
+
+    AfterStep.on_train_batch_end = then_signal
+    return train_here(config)[0]
+
+
+def test_a_run_leaves_what_it_promises(root):
+    code, path = train_here(make_config(root, "name=whole"))
+    assert code == 0
+    results, rows = read_results(path), read_rows(path / "metrics.csv")
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 7)]
+    assert {"train/loss", "train/scale", "train/lr"} < set(rows[0])
+    assert [row["step"] for row in rows if row["val/text_to_image_recall@1"]] == ["2", "4", "6"]
+    for column in ("base", "best", "last"):
+        assert {"squares/text_to_image_recall@1", "squares/image_to_text_recall@10"} < set(results[column])
+        assert "squares/zero_shot_top1" in results[column]
+    assert results["meta"]["split"] == "test" and results["meta"]["finished"]
+    assert results["meta"]["gallery"]["squares"]["images"] == 12
+    best = torch.load(path / "checkpoints" / "best.ckpt", weights_only=True)
+    model = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert best["clipft"]["step"] in (2, 4, 6) and "visual.conv1.weight" in model and "logit_scale" in model
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_killed_ends_like_one_that_was_not(root, workers):
+    whole = make_config(root, f"name=undisturbed-{workers}")
+    assert train_here(whole)[0] == 0
+    killed = make_config(root, f"name=killed-{workers}", f"data.workers={workers}")
+    for step in (1, 3, 5):  # before the first save, between saves twice
+        assert in_child(lambda step=step: train_and_die(killed, step, signal.SIGKILL)) == -signal.SIGKILL
+    assert in_child(lambda: train_here(killed)[0]) == 0
+    expected = outcome(Path(whole.runs_dir) / f"undisturbed-{workers}")
+    assert outcome(Path(killed.runs_dir) / f"killed-{workers}") == expected
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_saves_the_step_and_the_same_command_goes_on(root, number, code):
+    name = f"stopped-{code}"
+    config = make_config(root, f"name={name}", "checkpoint.every=100")
+    assert in_child(lambda: train_and_die(config, 3, number)) == code
+    path = Path(config.runs_dir) / name
+    assert torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["clipft"]["step"] == 4
+    assert in_child(lambda: train_here(config)[0]) == 0
+    train_here(make_config(root, f"name=calm-{code}", "checkpoint.every=100"))
+    assert outcome(path)["weights"] == outcome(path.with_name(f"calm-{code}"))["weights"]
+
+
+def on_rank(config: Config) -> int:
+    os.environ.update(RANK=str(torch.distributed.get_rank()), WORLD_SIZE=str(torch.distributed.get_world_size()))
+    os.environ.update(LOCAL_RANK=os.environ["RANK"], LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
+    from clipft import run
+    from clipft.ranks import Ranks
+
+    ranks = Ranks(torch.device("cpu"), int(os.environ["RANK"]), 2, 2, "32-true")
+    return run.train(config, Path(config.runs_dir) / str(config.name), ranks)
+
+
+def test_two_ranks_with_micro_batches_train_the_model_of_one(root, tmp_path):
+    from clipft.plan import resolve
+    from clipft.rundir import settle
+
+    assert train_here(make_config(root, "name=one", "optim.eps=1e-6"))[0] == 0
+    two = resolve(make_config(root, "name=two", "optim.eps=1e-6", "trainer.devices=2", "train.micro_batch=3"))
+    settle(two)
+    assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
+    paths = [Path(two.runs_dir) / name for name in ("one", "two")]
+    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in paths)
+    difference = sum(((one[name] - other[name]) ** 2).sum() for name in one) / sum((one[name] ** 2).sum() for name in one)
+    assert difference**0.5 < 1e-5
+    rows = [read_rows(path / "metrics.csv") for path in paths]
+    assert len(rows[1]) == 6
+    for a, b in zip(*rows, strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-5)
+
+
+def test_a_base_run_is_measured_again_on_its_own_data(root):
+    code, base = train_here(make_config(root, "name=base"))
+    other = make_config(root, "name=tuned", f"model.name={base}", "data.name=others", "train.max_steps=2")
+    code, path = train_here(other)
+    results = read_results(path)
+    assert code == 0 and results["base"]["squares/text_to_image_recall@5"] == pytest.approx(
+        read_results(base)["best"]["squares/text_to_image_recall@5"]
+    )
+    assert "others/text_to_image_recall@5" in results["best"]
