@@ -12,10 +12,32 @@ from clipft import config as config_module
 from clipft.conf_files import data_folder, yaml_names
 from clipft.model.names import closest, kind_of
 
-FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", "data.name", "data.path", "data.train", "data.val")
+FREE_TEXT = (
+    "name",
+    "runs_dir",
+    "source",
+    "out",
+    "run",
+    "model.name",
+    "data.name",
+    "data.path",
+    "data.train",
+    "data.val",
+)
 FREE_TEXT += ("data.test",)
 GROUPS = ("model", "data", "experiment")
-HYDRA_FLAGS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
+HYDRA_FLAGS = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--info",
+    "-i",
+)
 """Flags of Hydra that are followed by a word of their own."""
 
 

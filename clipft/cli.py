@@ -73,7 +73,9 @@ def help_text(name: str | None) -> str:
     width = max(len(option.key) for option in options)
     lines = [f"  {option.key:<{width}}  {option.doc} ({option.type}, {option.default})" for option in options]
     groups = f"Groups: data={'|'.join(yaml_names('data'))}|FOLDER  experiment={'|'.join(yaml_names('experiment'))}"
-    return f"{text}\n{groups}\nOptions of clipft {name or 'train'}, written key=value (type, default)\n" + "\n".join(lines)
+    return f"{text}\n{groups}\nOptions of clipft {name or 'train'}, written key=value (type, default)\n" + "\n".join(
+        lines
+    )
 
 
 def compose(command: Command, arguments: list[str]) -> int:
@@ -82,6 +84,7 @@ def compose(command: Command, arguments: list[str]) -> int:
     # Hydra then raises what it would print, so that every error gets our form and exit code.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -98,7 +101,7 @@ def compose(command: Command, arguments: list[str]) -> int:
     before, sys.argv = sys.argv, ["clipft", *overrides]
     try:
         hydra.main(config_path=str(conf_dirs()[-1]), config_name=command.conf, version_base="1.3")(job)()
-    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         errors.append(error)
     finally:
         sys.argv = before

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipft.config import Config
 from clipft.conf_files import named_data
+from clipft.config import Config
 from clipft.data.order import steps_per_epoch
 from clipft.data.split import Splits, find_shards, load_splits
 from clipft.model.names import check_model, kind_of
@@ -40,7 +40,9 @@ def resolve(config: Config) -> Config:
         )
     lr = config.optim.lr if config.optim.lr is not None else default_lr(config.model.name)
     return replace(
-        config, optim=replace(config.optim, lr=lr), data=replace(config.data, name=config.data.name or splits.name)
+        config,
+        optim=replace(config.optim, lr=lr),
+        data=replace(config.data, name=config.data.name or splits.name),
     )
 
 
@@ -76,7 +78,8 @@ def plan_lines(
     assert splits.train is not None
     left = len(splits.train) - steps.per_epoch * batch
     lines = [
-        f"run     {config.runs_dir}/{config.name}" + (f" (goes on at step {done:,} of {steps.total:,})" if done else ""),
+        f"run     {config.runs_dir}/{config.name}"
+        + (f" (goes on at step {done:,} of {steps.total:,})" if done else ""),
         f"data    {splits.name}: {sizes}",
         *(f"        {note}" for note in splits.notes),
         f"model   {clip.name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable",

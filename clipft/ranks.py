@@ -1,10 +1,11 @@
 """This process's place among the ranks: device, process group, threads."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision as training uses it, for evaluation."""
         types = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         if self.precision not in types:
@@ -37,14 +38,14 @@ class Ranks:
         return max(1, len(os.sched_getaffinity(0)) // self.local_world)
 
 
-Autocast = Callable[[], AbstractContextManager[None]]
-
-
 @contextmanager
 def joined(config: TrainerConfig) -> Iterator[Ranks]:
     """Joins the other ranks (torchrun's variables say which); leaves them at the end."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local_rank, local_world = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+    )
     device = choose_device(config.accelerator, local_rank)
     ranks = Ranks(device, rank, world, local_world, config.precision or default_precision(device))
     if device.type == "cuda":

@@ -302,7 +302,9 @@ def export(config: ExportConfig) -> int:
         card=card,
     )
     print(f"{out}: {CONFIG_NAME}, {WEIGHTS_NAME}, README.md")
-    print(f"Loaded again by plain open_clip: features agree to {checked.difference:.0e} on the same inputs, lowest cosine")
+    print(
+        f"Loaded again by plain open_clip: features agree to {checked.difference:.0e} on the same inputs, lowest cosine"
+    )
     print(f"{checked.cosine.min():.4f} on {len(kept)} original files, {len(checked.causes)} below {MIN_COSINE}.")
     for cause, count in Counter(checked.causes.values()).items():
         print(f"  {count} files: {cause}")
@@ -331,7 +333,11 @@ def describe_run(config: Config, splits: Splits, steps: Steps) -> dict[str, Any]
         "steps": steps.total,
         "samples": {name: len(part) for name in ("train", "val", "test") if (part := getattr(splits, name))},
         "fingerprint": {name: part.fingerprint for name in ("train", "val", "test") if (part := getattr(splits, name))},
-        "versions": {"clipft": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "clipft": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
     }
 
 

@@ -57,7 +57,9 @@ def _enter(path: Path, config: Config) -> RunDir:
     file = path / "config.yaml"
     if not file.exists():
         if path.exists() and any(path.iterdir()):
-            raise ValueError(f"name={path.name!r}: {path} exists and is no run (it has no config.yaml). Use another name.")
+            raise ValueError(
+                f"name={path.name!r}: {path} exists and is no run (it has no config.yaml). Use another name."
+            )
         return _begin(path, config)
     if config.resume == "restart":
         old = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
@@ -106,7 +108,10 @@ def write_text(path: Path, text: str) -> None:
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Keys that matter for the result and have other values, with both."""
-    before, after = flat(OmegaConf.to_container(OmegaConf.structured(old))), flat(OmegaConf.to_container(OmegaConf.structured(new)))
+    before, after = (
+        flat(OmegaConf.to_container(OmegaConf.structured(old))),
+        flat(OmegaConf.to_container(OmegaConf.structured(new))),
+    )
     keys = [key for key in after if not any(key == free or key.startswith(f"{free}.") for free in FREE)]
     return [(key, before.get(key), after[key]) for key in keys if before.get(key) != after[key]]
 

@@ -2,6 +2,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks are forked, and a pool of threads does not come along
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)

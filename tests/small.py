@@ -33,7 +33,10 @@ def make_model(folder: Path) -> Path:
         clip = build("small", MODEL_CFG, {})
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps(description(clip)))
-    save_file({k: v.contiguous() for k, v in clip.model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in clip.model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     return folder
 
 

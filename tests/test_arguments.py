@@ -1,4 +1,3 @@
-
 import pytest
 
 from clipft.arguments import options_of, to_overrides
@@ -78,7 +77,10 @@ def test_missing_data_says_which_command_makes_it():
 def test_a_run_directory_is_a_model(tmp_path):
     (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "config.yaml").touch()
-    assert to_overrides(["model=runs/a", "data=toy"], Config)[:2] == ["model.name='runs/a'", "model.pretrained=null"]
+    assert to_overrides(["model=runs/a", "data=toy"], Config)[:2] == [
+        "model.name='runs/a'",
+        "model.pretrained=null",
+    ]
 
 
 def test_hydras_own_words_pass():

@@ -37,9 +37,15 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["train", "model=tiny", "data.path=nowhere", "eval.every=often"], ["eval.every='often'", "10min"]),
         (["train", "model=tiny", "data.path=nowhere", "checkpoint.every=0"], ["checkpoint.every"]),
         (["train", "model=tiny", "data.path=nowhere", "train.batch_size=1"], ["train.batch_size"]),
-        (["train", "model=tiny", "data.path=nowhere", "trainer.precision=half"], ["trainer.precision", "bf16-mixed"]),
+        (
+            ["train", "model=tiny", "data.path=nowhere", "trainer.precision=half"],
+            ["trainer.precision", "bf16-mixed"],
+        ),
         (["train", "model=tiny", "data.path=nowhere"], ["nowhere", "clipft data pack"]),
-        (["train", "model=tiny", "data=mydata"], ["data/mydata", "clipft data pack source=FOLDER out=data/mydata"]),
+        (
+            ["train", "model=tiny", "data=mydata"],
+            ["data/mydata", "clipft data pack source=FOLDER out=data/mydata"],
+        ),
         (["train", "model=tiny"], ["no data", "data=NAME"]),
         (["train", "model=RN101", "data=mydata"], ["model.pretrained", "null"]),
         (["train", "model=ViT-B-32", "model.pretrained=opena", "data=mydata"], ["openai"]),

@@ -9,7 +9,14 @@ PACKAGE = Path(__file__).parent.parent / "clipft"
 # Imports point from a later place to an earlier one, or stay within one.
 ORDER = ["config", "conf_files", "data", "model", "learn", "judge", "ship", "rundir", "ranks", "plan", "run"]
 ORDER += ["rank", "launch", "arguments", "cli"]
-PURE = {"learn/losses.py", "learn/schedule.py", "learn/gather.py", "data/order.py", "judge/retrieval.py", "judge/zero_shot.py"}
+PURE = {
+    "learn/losses.py",
+    "learn/schedule.py",
+    "learn/gather.py",
+    "data/order.py",
+    "judge/retrieval.py",
+    "judge/zero_shot.py",
+}
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 
@@ -42,7 +49,9 @@ def test_imports_point_one_way(file):
 
 @pytest.mark.parametrize("file", sorted(PURE))
 def test_pure_maths_sees_neither_config_nor_lightning(file):
-    assert not any(name.startswith(("clipft.config", "pytorch_lightning", "lightning", "omegaconf")) for name in imports(file))
+    assert not any(
+        name.startswith(("clipft.config", "pytorch_lightning", "lightning", "omegaconf")) for name in imports(file)
+    )
 
 
 def test_no_config_can_run_code():

@@ -1,11 +1,11 @@
 from dataclasses import replace
 
 import pytest
+from shards import write_shards
 
 from clipft.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from clipft.plan import default_lr, resolve
 from clipft.rundir import settle
-from shards import write_shards
 
 
 @pytest.fixture
@@ -34,8 +34,14 @@ def test_a_run_is_tuned_with_a_tenth_of_its_rate(config, tmp_path):
     "change, message",
     [
         ({"train": TrainConfig(batch_size=64)}, "train.batch_size=64 is more than"),
-        ({"train": TrainConfig(batch_size=4), "trainer": TrainerConfig(devices=5)}, "less than trainer.devices=5"),
-        ({"optim": OptimConfig(warmup_frac=0.99), "train": TrainConfig(batch_size=8, epochs=1)}, "warms up for all"),
+        (
+            {"train": TrainConfig(batch_size=4), "trainer": TrainerConfig(devices=5)},
+            "less than trainer.devices=5",
+        ),
+        (
+            {"optim": OptimConfig(warmup_frac=0.99), "train": TrainConfig(batch_size=8, epochs=1)},
+            "warms up for all",
+        ),
         ({"model": ModelConfig(name="tiny", pretrained="openai")}, "no weights for tiny"),
     ],
 )

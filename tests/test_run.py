@@ -43,9 +43,9 @@ def train_and_die(config: Config, step: int, number: int) -> int:
     """Trains, and sends itself the signal when step `step` has ended."""
     end = AfterStep.on_train_batch_end
 
-    def then_signal(self, trainer, module, *rest):
-        end(self, trainer, module, *rest)
-        if module.step == step:
+    def then_signal(self, trainer, pl_module, outputs, batch, batch_idx):
+        end(self, trainer, pl_module, outputs, batch, batch_idx)
+        if pl_module.step == step:
             os.kill(os.getpid(), number)
 
     AfterStep.on_train_batch_end = then_signal
@@ -113,7 +113,9 @@ def test_two_ranks_with_micro_batches_train_the_model_of_one(root, tmp_path):
     assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
     paths = [Path(two.runs_dir) / name for name in ("one", "two")]
     one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in paths)
-    difference = sum(((one[name] - other[name]) ** 2).sum() for name in one) / sum((one[name] ** 2).sum() for name in one)
+    difference = sum(((one[name] - other[name]) ** 2).sum() for name in one) / sum(
+        (one[name] ** 2).sum() for name in one
+    )
     assert difference**0.5 < 1e-5
     rows = [read_rows(path / "metrics.csv") for path in paths]
     assert len(rows[1]) == 6

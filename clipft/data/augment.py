@@ -57,9 +57,7 @@ def build_augment(config: DataConfig, preprocess: dict[str, Any]) -> Augment:
 def square_side(size: int | list | tuple) -> int:
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) > 1:
-        raise ValueError(
-            f"model.name: its image size {size!r} is not square. Use a model with square images."
-        )
+        raise ValueError(f"model.name: its image size {size!r} is not square. Use a model with square images.")
     return int(sides.pop())
 
 
@@ -99,9 +97,7 @@ def random_crop_box(height: int, width: int, crop_min: float, rng: np.random.Gen
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def resize(
-    pixels: UInt8[np.ndarray, "H W 3"], height: int, width: int, interpolation: str
-) -> UInt8[Tensor, "h w 3"]:
+def resize(pixels: UInt8[np.ndarray, "H W 3"], height: int, width: int, interpolation: str) -> UInt8[Tensor, "h w 3"]:
     """Antialiased resize in uint8, Pillow's algorithm with vector code (4 to 7 times as fast per core).
 
     Measured on random crops of photos: within 2 of 255 of Pillow, the horizontal pass first. Pillow 13 takes
@@ -136,9 +132,7 @@ def pad(image: UInt8[Tensor, "h w 3"], augment: Augment) -> UInt8[Tensor, "S S 3
     return square
 
 
-def random_affine(
-    image: UInt8[Tensor, "S S 3"], degrees: float, rng: np.random.Generator
-) -> UInt8[Tensor, "S S 3"]:
+def random_affine(image: UInt8[Tensor, "S S 3"], degrees: float, rng: np.random.Generator) -> UInt8[Tensor, "S S 3"]:
     """Rotated and sheared about the centre, each by up to so many degrees; corners mirror the image."""
     angle, shear = np.radians(rng.uniform(-degrees, degrees, size=2))
     cos, sin, slant = math.cos(angle), math.sin(angle), math.tan(shear)

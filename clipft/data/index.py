@@ -153,9 +153,7 @@ def read_exactly(fd: int, offset: int, length: int) -> bytes:
 def index_shards(paths: list[str]) -> Samples:
     """All usable samples of the shards, in order; damaged shards and a set without samples raise."""
     indexes = [load_index(path) for path in paths]
-    damaged = [
-        (path, index.problems[0]) for path, index in zip(paths, indexes, strict=True) if index.problems
-    ]
+    damaged = [(path, index.problems[0]) for path, index in zip(paths, indexes, strict=True) if index.problems]
     if damaged:
         path, (byte, what) = damaged[0]
         more = f" {len(damaged) - 1} more of the {len(paths)} shards are damaged." if damaged[1:] else ""
@@ -165,9 +163,7 @@ def index_shards(paths: list[str]) -> Samples:
         )
     samples = join(paths, indexes)
     if not len(samples):
-        lost = (
-            ", ".join(f"{count} {reason}" for reason, count in samples.dropped.items()) or "no members at all"
-        )
+        lost = ", ".join(f"{count} {reason}" for reason, count in samples.dropped.items()) or "no members at all"
         raise ValueError(
             f"{paths[0]}{' and others' if paths[1:] else ''}: no usable sample ({lost}). A sample is an "
             "image (key.jpg, key.png, ...) with key.txt, key.json or key.cls beside it in the same shard."

@@ -166,9 +166,7 @@ class EvalBatches(Dataset[tuple]):
     max_pixels: int
     batches: list[np.ndarray]
 
-    def __getitem__(
-        self, n: int
-    ) -> tuple[Int64[np.ndarray, "b"], Float[Tensor, "b 3 S S"], Bool[Tensor, "b"]]:
+    def __getitem__(self, n: int) -> tuple[Int64[np.ndarray, "b"], Float[Tensor, "b 3 S S"], Bool[Tensor, "b"]]:
         indices = self.batches[n]
         images = [self.load(int(i)) for i in indices]
         blank = torch.zeros_like(self.preprocess(Image.new("RGB", (64, 64))))
@@ -191,9 +189,7 @@ def eval_images(
     batches: list[np.ndarray],
 ) -> DataLoader[tuple]:
     """(sample indices, pixels, valid) of each of the batches of sample indices, in order."""
-    return in_order(
-        EvalBatches(samples, preprocess, max_pixels, batches), Steps(0, len(batches)), workers, False
-    )
+    return in_order(EvalBatches(samples, preprocess, max_pixels, batches), Steps(0, len(batches)), workers, False)
 
 
 def in_order(dataset: Dataset, steps: Steps, workers: int, pin: bool) -> DataLoader:

@@ -68,17 +68,12 @@ def write_set(out: str, rows: list[Row], shard_samples: int, templates: list[str
     building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         building.mkdir(parents=True)
-        shards = {
-            split: write_split(building, split, part, classnames, shard_samples)
-            for split, part in parts.items()
-        }
+        shards = {split: write_split(building, split, part, classnames, shard_samples) for split, part in parts.items()}
         if classnames:
             write_lines(building / CLASSNAMES, classnames)
             write_lines(building / TEMPLATES, templates)
         sizes = {path.name: count for written in shards.values() for path, count in written.items()}
-        write_manifest(
-            building, folder.name, {split: list(written) for split, written in shards.items()}, sizes
-        )
+        write_manifest(building, folder.name, {split: list(written) for split, written in shards.items()}, sizes)
         move_into_place(out, building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -116,9 +111,7 @@ def refuse_foreign(name: str) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={name!r} is a file. Choose a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise ValueError(
-            f"out={name!r} is not empty and holds no {MANIFEST}. Choose a folder that does not exist yet."
-        )
+        raise ValueError(f"out={name!r} is not empty and holds no {MANIFEST}. Choose a folder that does not exist yet.")
 
 
 def move_into_place(name: str, building: Path, out: Path) -> None:
@@ -131,8 +124,7 @@ def move_into_place(name: str, building: Path, out: Path) -> None:
         differing = [file for file in SMALL_FILES if content(building / file) != content(out / file)]
         if differing:
             raise ValueError(
-                f"out={name!r} holds another packed set ({differing[0]} differs). "
-                "Remove it or choose another out."
+                f"out={name!r} holds another packed set ({differing[0]} differs). Remove it or choose another out."
             ) from None
 
 

@@ -103,9 +103,7 @@ def scan_shard(path: str | Path) -> ShardIndex:
     )
 
 
-def sort_groups(
-    groups: dict[str, Group], repeated: set[str]
-) -> tuple[dict[str, Group], dict[str, list[str]], int]:
+def sort_groups(groups: dict[str, Group], repeated: set[str]) -> tuple[dict[str, Group], dict[str, list[str]], int]:
     """Usable samples, keys of the others by reason, and the number of members beside a usable sample.
 
     "a.mask.png" beside a whole sample "a" is such a member, not a broken sample "a.mask".

@@ -69,11 +69,7 @@ def nearest(path: Path) -> str:
 def expand_shards(key: str, patterns: list[str]) -> list[str]:
     """The existing shards that directories, globs, braces and file names stand for, in their order."""
     shards = [shard for pattern in patterns for shard in expand_pattern(key, pattern)]
-    twice = (
-        sorted({shard for shard in shards if shards.count(shard) > 1})
-        if len(set(shards)) < len(shards)
-        else []
-    )
+    twice = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
     if twice:
         raise ValueError(f"{key}={patterns!r} names {twice[0]} more than once. Name each shard once.")
     return shards
@@ -81,9 +77,7 @@ def expand_shards(key: str, patterns: list[str]) -> list[str]:
 
 def expand_pattern(key: str, pattern: str) -> list[str]:
     if re.match(r"[a-z0-9+]+://|pipe:", pattern):
-        raise ValueError(
-            f"{key}={pattern!r}: shards are read from local files. Download them and give their folder."
-        )
+        raise ValueError(f"{key}={pattern!r}: shards are read from local files. Download them and give their folder.")
     path = Path(pattern).expanduser()
     if path.is_dir():
         refuse_layout(key, path)
@@ -115,9 +109,7 @@ def expand_braces(key: str, pattern: str, path: str) -> list[str]:
     try:
         names = list(braceexpand(path))
     except ValueError as error:
-        raise ValueError(
-            f"{key}={pattern!r}: unbalanced braces. Write them as {{000..009}} or {{a,b}}."
-        ) from error
+        raise ValueError(f"{key}={pattern!r}: unbalanced braces. Write them as {{000..009}} or {{a,b}}.") from error
     found = [sorted(glob.glob(name), key=natural) if glob.has_magic(name) else [name] for name in names]
     shards = [shard for group in found for shard in group]
     missing = [shard for shard in shards if not os.path.isfile(shard)]
@@ -164,9 +156,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
         manifest = json.loads(path.read_text("utf-8"))
         if manifest["version"] != 1:
             raise ValueError(f"version {manifest['version']!r}, this clipft reads version 1")
-        listed = {
-            split: [(s["name"], s["bytes"]) for s in e["shards"]] for split, e in manifest["splits"].items()
-        }
+        listed = {split: [(s["name"], s["bytes"]) for s in e["shards"]] for split, e in manifest["splits"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a list of shards ({error!r}). {again}") from error
     for name, size in (shard for shards in listed.values() for shard in shards):
@@ -179,9 +169,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     return {split: [str(folder / name) for name, _ in listed.get(split, [])] for split in SPLITS}, notes
 
 
-def write_manifest(
-    folder: Path, name: str, shards: dict[str, list[Path]], num_samples: dict[str, int]
-) -> None:
+def write_manifest(folder: Path, name: str, shards: dict[str, list[Path]], num_samples: dict[str, int]) -> None:
     """Write shards.json: the shards of each split in their order; `num_samples` is per shard file name."""
     splits = {}
     for split, paths in shards.items():
@@ -213,9 +201,7 @@ def find_shards(config: DataConfig) -> Found:
     """Which shards the config means; cheap, so that a command can fail before anything heavy is imported."""
     given = {"train": config.train, "val": config.val, "test": config.test}
     if config.path is None and not any(given.values()):
-        raise ValueError(
-            "There is no data. Give data=NAME (the folder data/NAME), a path, or data.train=SHARDS."
-        )
+        raise ValueError("There is no data. Give data=NAME (the folder data/NAME), a path, or data.train=SHARDS.")
     shards: dict[str, list[str]] = {split: [] for split in SPLITS}
     notes: list[str] = []
     folder = None

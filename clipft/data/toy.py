@@ -139,9 +139,7 @@ def all_scenes(rng: np.random.Generator) -> list[Scene]:
         for size, colour, shape, ground in product(RADII, COLOURS, SHAPES, GROUNDS)
     ]
     things = [Thing(*thing) for thing in product(PAIR_COLOURS, PAIR_SHAPES)]
-    pairs = [
-        Scene(things=two, relation=relation) for two in permutations(things, 2) for relation in RELATIONS
-    ]
+    pairs = [Scene(things=two, relation=relation) for two in permutations(things, 2) for relation in RELATIONS]
     return single + [pairs[i] for i in rng.permutation(len(pairs))[:NUM_PAIR_CAPTIONS]]
 
 

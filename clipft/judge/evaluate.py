@@ -152,9 +152,7 @@ def in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
-def read_questions(
-    samples: Samples, labelled: bool
-) -> tuple[list[int], list[int], list[list[str]], dict[str, int]]:
+def read_questions(samples: Samples, labelled: bool) -> tuple[list[int], list[int], list[list[str]], dict[str, int]]:
     """Positions, labels and captions of the samples that have one of the two, and what the others lack."""
     images, labels, captions, dropped = [], [], [], Counter(samples.dropped)
     for i in range(len(samples)):
@@ -187,9 +185,7 @@ def read_label(raw: bytes) -> int:
         raise BadSample("bad_label") from error
 
 
-def check_labels(
-    name: str, samples: Samples, images: list[int], labels: list[int], classnames: list[str]
-) -> None:
+def check_labels(name: str, samples: Samples, images: list[int], labels: list[int], classnames: list[str]) -> None:
     for image, label in zip(images, labels, strict=True):
         if label >= len(classnames):
             raise ValueError(
@@ -266,9 +262,7 @@ def gather_in_order(
     features: Sequence[Tensor], places: Sequence[Tensor], device: torch.device
 ) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"]]:
     """The features of all ranks by ascending place, and the places; a rank may have none."""
-    width = gather_rows(
-        torch.tensor([part.shape[1] for part in features[:1]], dtype=torch.long, device=device)
-    )
+    width = gather_rows(torch.tensor([part.shape[1] for part in features[:1]], dtype=torch.long, device=device))
     nothing = torch.zeros(0, int(width.max()) if len(width) else 0, device=device)
     rows = gather_rows(torch.cat([nothing, *features]))
     place = gather_rows(torch.cat([torch.zeros(0, dtype=torch.long), *places]).to(device))
@@ -292,9 +286,7 @@ def judge(task: Task, embedded: Embedded, relevance: str) -> Evaluation:
     )
 
 
-def judge_retrieval(
-    task: Task, embedded: Embedded, relevance: str
-) -> tuple[dict[str, float], dict[str, int]]:
+def judge_retrieval(task: Task, embedded: Embedded, relevance: str) -> tuple[dict[str, float], dict[str, int]]:
     """Metrics and sizes on the images with captions; nothing where there are none."""
     row_of = torch.full((len(task.images),), -1)
     row_of[embedded.kept] = torch.arange(len(embedded.kept))

@@ -78,9 +78,7 @@ def check_instances(
         raise ValueError("Retrieval needs at least one image with a caption; the data has none.")
     for name, rows, size in (("caption_of", caption_of, num_texts), ("image_of", image_of, num_images)):
         if int(rows.min()) < 0 or int(rows.max()) >= size:
-            raise ValueError(
-                f"{name} must number rows of 0..{size - 1}; got {int(rows.min())}..{int(rows.max())}."
-            )
+            raise ValueError(f"{name} must number rows of 0..{size - 1}; got {int(rows.min())}..{int(rows.max())}.")
 
 
 def instance_keys(

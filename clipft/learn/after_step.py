@@ -165,7 +165,9 @@ class AfterStep(pl.Callback):
         improved = value > self.best_value
         if improved:
             self.best_step, self.best_value = step, value
-        self.journal.validation(step, metrics, f"{self.select} {value:.4f}", f"{self.best_value:.4f} at {self.best_step}")
+        self.journal.validation(
+            step, metrics, f"{self.select} {value:.4f}", f"{self.best_value:.4f} at {self.best_step}"
+        )
         return improved
 
     def _save(self, trainer: pl.Trainer, step: int) -> None:
@@ -182,7 +184,11 @@ class AfterStep(pl.Callback):
 def select_value(metrics: dict[str, float], select: str) -> float:
     """The number that best.ckpt maximises: one metric, or the mean of both directions for mean_recall@k."""
     if select.startswith("mean_"):
-        return (metrics[select.replace("mean_", "text_to_image_")] + metrics[select.replace("mean_", "image_to_text_")]) / 2
+        return (
+            metrics[select.replace("mean_", "text_to_image_")] + metrics[select.replace("mean_", "image_to_text_")]
+        ) / 2
     if select not in metrics:
-        raise ValueError(f"eval.select={select!r} is no validation metric. Use mean_recall@1 or one of {sorted(metrics)}.")
+        raise ValueError(
+            f"eval.select={select!r} is no validation metric. Use mean_recall@1 or one of {sorted(metrics)}."
+        )
     return metrics[select]

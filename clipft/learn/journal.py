@@ -36,10 +36,12 @@ class Journal:
         self.since, self.num_dropped = first_step, 0
         self.draws = out.isatty()
 
-    def step(
-        self, record: StepRecord, loss: float, shared: int, dropped: int, wait_s: float, total_s: float
-    ) -> None:
-        self.wait_s, self.total_s, self.num_dropped = self.wait_s + wait_s, self.total_s + total_s, self.num_dropped + dropped
+    def step(self, record: StepRecord, loss: float, shared: int, dropped: int, wait_s: float, total_s: float) -> None:
+        self.wait_s, self.total_s, self.num_dropped = (
+            self.wait_s + wait_s,
+            self.total_s + total_s,
+            self.num_dropped + dropped,
+        )
         if self.file is None:
             return
         self.rows[record.step] = {
@@ -66,7 +68,11 @@ class Journal:
         now = time.monotonic()
         for step, row in self.rows.items():
             self.file.append(step, row)
-            if now - self.logged >= LOG_EVERY_S or step == self.num_steps or any(name.startswith("val/") for name in row):
+            if (
+                now - self.logged >= LOG_EVERY_S
+                or step == self.num_steps
+                or any(name.startswith("val/") for name in row)
+            ):
                 self._log(step, row)
                 self.logged = now
             if now - self.shown >= (DRAW_EVERY_S if self.draws else LINE_EVERY_S) or step == self.num_steps:

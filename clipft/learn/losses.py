@@ -60,7 +60,10 @@ def info_nce(local: Pairs, everyone: Pairs, scale: Float[Tensor, ""], gather: Ga
 
 
 def log_sum_exps(
-    rows: Float[Tensor, "b D"], columns: Float[Tensor, "B D"], valid: Bool[Tensor, " B"], scale: Float[Tensor, ""]
+    rows: Float[Tensor, "b D"],
+    columns: Float[Tensor, "B D"],
+    valid: Bool[Tensor, " B"],
+    scale: Float[Tensor, ""],
 ) -> Float[Tensor, " b"]:
     """log sum_j exp(scale <row, column_j>) over the valid columns."""
     total = rows.new_full((len(rows),), -torch.inf)

@@ -12,9 +12,7 @@ OpenClip = Any  # open_clip's CLIP or CustomTextCLIP; naming them here would imp
 
 POOLED_BY_TOKEN = ("argmax", "eos", "first")
 PROBES = ["a", "a dog", "two brown dogs run over wet grass", "word " * 12, "word " * 200]
-TRIM_TOLERANCE = (
-    1e-4  # right cuts differ by 2e-7, cuts one token early by 0.07 and more (tiny, ViT-B-32, fp32)
-)
+TRIM_TOLERANCE = 1e-4  # right cuts differ by 2e-7, cuts one token early by 0.07 and more (tiny, ViT-B-32, fp32)
 
 
 def to_float(

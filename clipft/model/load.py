@@ -122,9 +122,7 @@ def read_description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} must be JSON with "model_cfg" and "preprocess_cfg": {error!r}.') from error
     if missing:
-        raise ValueError(
-            f'{path} must be JSON with "model_cfg" of a CLIP: {", ".join(sorted(missing))} missing.'
-        )
+        raise ValueError(f'{path} must be JSON with "model_cfg" of a CLIP: {", ".join(sorted(missing))} missing.')
     return model_cfg, preprocess_cfg
 
 
@@ -161,9 +159,7 @@ def build(name: str, model_cfg: dict, preprocess_cfg: dict, tokenizer_dir: Path 
     )
 
 
-def build_tokenizer(
-    text_cfg: dict, tokenizer_dir: Path | None
-) -> Callable[[list[str]], Int64[Tensor, "n L"]]:
+def build_tokenizer(text_cfg: dict, tokenizer_dir: Path | None) -> Callable[[list[str]], Int64[Tensor, "n L"]]:
     """open_clip's tokenizer for the text tower; those of transformers are read from the folder, if given."""
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 
@@ -172,6 +168,4 @@ def build_tokenizer(
     if not text_cfg.get("hf_tokenizer_name"):
         return SimpleTokenizer(context_length=length, **options)
     source = str(tokenizer_dir or text_cfg["hf_tokenizer_name"])
-    return HFTokenizer(
-        source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options
-    )
+    return HFTokenizer(source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)

@@ -120,9 +120,7 @@ def check_tag(architecture: str, tag: str) -> None:
         )
     near = closest(tag, tags)
     hint = f"Did you mean {near}? " if near else ""
-    raise ValueError(
-        f"model.pretrained={tag!r} is no tag of {architecture}. {hint}Its tags: {', '.join(tags)}."
-    )
+    raise ValueError(f"model.pretrained={tag!r} is no tag of {architecture}. {hint}Its tags: {', '.join(tags)}.")
 
 
 def check_towers(name: str, model_cfg: dict) -> None:

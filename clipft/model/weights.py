@@ -110,7 +110,5 @@ def load_with_open_clip(model: OpenClip, path: Path) -> None:
 
     try:
         load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except (
-        Exception
-    ) as error:  # damaged file or another model's: torch, safetensors and open_clip each raise their own
+    except Exception as error:  # damaged file or another model's: torch, safetensors and open_clip each raise their own
         raise ValueError(unreadable(path, error)) from error

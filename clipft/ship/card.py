@@ -83,9 +83,7 @@ def metrics_table(before: dict[str, float], exported: dict[str, float], plain: d
 
 def check_lines(exported: dict[str, float], plain: dict[str, float], reloaded: Reloaded) -> list[str]:
     """The comparison with plain open_clip, in sentences."""
-    lines = [
-        f"- Same pixels and tokens, in a process without clipft: features agree to {reloaded.difference:.0e}."
-    ]
+    lines = [f"- Same pixels and tokens, in a process without clipft: features agree to {reloaded.difference:.0e}."]
     if len(reloaded.cosine):
         lines.append(
             f"- {len(reloaded.cosine)} original files through open_clip's own preprocess: "
@@ -98,7 +96,6 @@ def check_lines(exported: dict[str, float], plain: dict[str, float], reloaded: R
     far = {metric: gap for metric, gap in gaps.items() if "recall" in metric and abs(gap) > MAX_GAP}
     why = "the files named above" if reloaded.causes else "changed ranks among near-equal scores"
     lines += [
-        f"- {metric} differs by {100 * gap:+.1f} points with plain open_clip: {why}."
-        for metric, gap in far.items()
+        f"- {metric} differs by {100 * gap:+.1f} points with plain open_clip: {why}." for metric, gap in far.items()
     ]
     return lines

@@ -155,14 +155,10 @@ def run_reload(folder: Path, job: Path) -> tuple[dict[str, Tensor], dict]:
     if done.returncode != 0:
         last_lines = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise RuntimeError(f"the export is wrong: plain open_clip cannot use the folder.\n{last_lines}")
-    return load_file(job / "outputs.safetensors"), json.loads(
-        (job / "outputs.json").read_text(encoding="utf-8")
-    )
+    return load_file(job / "outputs.safetensors"), json.loads((job / "outputs.json").read_text(encoding="utf-8"))
 
 
-def explain(
-    files: Sequence[tuple[str, bytes]], cosine: Float[Tensor, "n"], failed: dict[str, str]
-) -> dict[str, str]:
+def explain(files: Sequence[tuple[str, bytes]], cosine: Float[Tensor, "n"], failed: dict[str, str]) -> dict[str, str]:
     """The cause for each file that plain open_clip sees otherwise; RuntimeError if one has none."""
     causes = {}
     for i in torch.nonzero(~(cosine >= MIN_COSINE)).flatten().tolist():

@@ -38,6 +38,4 @@ def pairs(first: int, count: int) -> Members:
 def write_shards(folder: Path, *counts: int, prefix: str = "") -> list[str]:
     """One shard for each count; the samples are numbered through."""
     firsts = np.cumsum([0, *counts]).tolist()
-    return [
-        write_tar(folder / f"{prefix}{n:03d}.tar", pairs(firsts[n], count)) for n, count in enumerate(counts)
-    ]
+    return [write_tar(folder / f"{prefix}{n:03d}.tar", pairs(firsts[n], count)) for n, count in enumerate(counts)]

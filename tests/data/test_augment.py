@@ -90,9 +90,7 @@ def torchvision_crops(transforms, height, width, crop_min, num):
     return np.array([get(image, [crop_min, 1.0], [3 / 4, 4 / 3]) for _ in range(num)])
 
 
-@pytest.mark.parametrize(
-    "height, width, crop_min", [(100, 100, 0.9), (60, 90, 0.5), (90, 70, 0.1), (30, 200, 0.9)]
-)
+@pytest.mark.parametrize("height, width, crop_min", [(100, 100, 0.9), (60, 90, 0.5), (90, 70, 0.1), (30, 200, 0.9)])
 def test_crop_boxes_are_distributed_as_those_of_torchvision(torchvision, height, width, crop_min):
     num = 3000
     ours = crops(height, width, crop_min, num)
@@ -122,9 +120,7 @@ def test_every_shape_comes_out_at_the_size_of_the_model(name, shape, mode):
 
 def test_the_same_generator_gives_the_same_pixels_and_another_one_others():
     augment = build_augment(DataConfig(augment="strong"), PREPROCESS)
-    first, again, other = (
-        apply_augment(augment, picture(60, 80), np.random.default_rng(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (apply_augment(augment, picture(60, 80), np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

@@ -60,9 +60,7 @@ JPEGS = {
     "with bytes behind the end": encode(RGB, "JPEG") + b"trailing",
 }
 # Adobe's transform flag says whether four channels are CMYK (0) or YCCK (2).
-JPEGS["ycck"] = JPEGS["cmyk"].replace(
-    b"Adobe\x00\x64\x00\x00\x00\x00\x00", b"Adobe\x00\x64\x00\x00\x00\x00\x02"
-)
+JPEGS["ycck"] = JPEGS["cmyk"].replace(b"Adobe\x00\x64\x00\x00\x00\x00\x00", b"Adobe\x00\x64\x00\x00\x00\x00\x02")
 
 
 @pytest.mark.parametrize("name", JPEGS)

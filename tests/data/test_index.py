@@ -40,9 +40,7 @@ def same_as_webdataset(samples: Samples) -> None:
 def test_shards_of_webdatasets_writer_give_the_samples_that_webdataset_reads(tmp_path: Path):
     with ShardWriter(str(tmp_path / "x-%03d.tar"), maxcount=4, verbose=0) as writer:
         for i in range(10):
-            writer.write(
-                {"__key__": f"a/{i:03d}", "jpg": jpeg(i), "txt": f"no {i}", "json": {"n": i}, "cls": i}
-            )
+            writer.write({"__key__": f"a/{i:03d}", "jpg": jpeg(i), "txt": f"no {i}", "json": {"n": i}, "cls": i})
     same_as_webdataset(index_shards([str(path) for path in sorted(tmp_path.glob("*.tar"))]))
 
 
@@ -51,9 +49,7 @@ def test_long_and_odd_names_are_read_as_webdataset_reads_them(tmp_path: Path, fo
     stems = ["x" * 90, "folder/" * 12 + "y" * 90, "./dot", "../up", "UPPER"]
     if format != tarfile.USTAR_FORMAT:
         stems += ["z" * 300, "größe 图", "line\nbreak"]
-    members = [
-        (f"{stem}.{kind}", f"{n} {kind}".encode()) for n, stem in enumerate(stems) for kind in ("JPG", "txt")
-    ]
+    members = [(f"{stem}.{kind}", f"{n} {kind}".encode()) for n, stem in enumerate(stems) for kind in ("JPG", "txt")]
     same_as_webdataset(index_shards([write_tar(tmp_path / "a.tar", members, format)]))
 
 
@@ -87,9 +83,7 @@ def test_a_name_is_cut_at_the_first_dot_or_before_a_known_extension(name: str, e
 def test_members_of_a_sample_need_not_lie_together(tmp_path: Path):
     mixed = pairs(0, 5)
     apart = sorted(mixed, key=lambda member: member[0].endswith("txt"))
-    one, two = (
-        index_shards([write_tar(tmp_path / name / "a.tar", m)]) for name, m in (("1", mixed), ("2", apart))
-    )
+    one, two = (index_shards([write_tar(tmp_path / name / "a.tar", m)]) for name, m in (("1", mixed), ("2", apart)))
     assert [one.read(i) for i in range(5)] == [two.read(i) for i in range(5)]
 
 
@@ -274,9 +268,7 @@ def test_taken_samples_are_those_samples_with_a_fingerprint_of_their_own(tmp_pat
 
 
 def test_only_the_wanted_members_are_read_and_the_image_is_found_among_them(tmp_path: Path):
-    samples = index_shards(
-        [write_tar(tmp_path / "a.tar", [("a.png", b"P"), ("a.jpg", b"J"), ("a.cls", b"1")])]
-    )
+    samples = index_shards([write_tar(tmp_path / "a.tar", [("a.png", b"P"), ("a.jpg", b"J"), ("a.cls", b"1")])])
     assert samples.read(0, ("cls", "txt")) == {"cls": b"1"}
     assert image_of(samples.read(0)) == b"J"
     with pytest.raises(BadSample, match="no_image"):

@@ -97,15 +97,11 @@ def test_the_loader_is_as_long_as_the_whole_run_wherever_it_starts(samples: Samp
         "world": 1,
         "pin": False,
     }
-    loader = train_loader(
-        samples, augment=PLAIN, tokenize=tokenize, num_steps=9, start_step=4, workers=0, **options
-    )
+    loader = train_loader(samples, augment=PLAIN, tokenize=tokenize, num_steps=9, start_step=4, workers=0, **options)
     assert len(loader) == 9 and len(list(loader)) == 5
 
 
-def test_an_epoch_gives_each_sample_once_and_leaves_only_the_remainder(
-    undisturbed: list[tuple], samples: Samples
-):
+def test_an_epoch_gives_each_sample_once_and_leaves_only_the_remainder(undisturbed: list[tuple], samples: Samples):
     for epoch in range(2):
         seen = Counter(key for batch in undisturbed[3 * epoch : 3 * epoch + 3] for key in batch[-1])
         assert len(seen) == 21 and set(seen.values()) == {1}
@@ -127,9 +123,7 @@ def test_captions_and_augmentation_are_drawn_anew_in_each_epoch_and_the_same_wit
     drawn: dict[str, list[tuple]] = {}
     for batch in batches(samples, num_steps=30):
         for row, key in enumerate(batch.keys):
-            drawn.setdefault(key, []).append(
-                (text_of(batch.tokens[row])[0], batch.pixels[row].numpy().tobytes())
-            )
+            drawn.setdefault(key, []).append((text_of(batch.tokens[row])[0], batch.pixels[row].numpy().tobytes()))
     rows = [row for several in drawn.values() for row in several]
     assert 0.3 < np.mean([first == "p" for first, _ in rows]) < 0.7
     assert all(len({pixels for _, pixels in several}) == len(several) for several in drawn.values())

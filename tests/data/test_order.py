@@ -25,9 +25,7 @@ def test_an_epoch_is_every_sample_once_but_for_the_remainder():
 
 
 def test_the_remainder_is_another_one_each_epoch():
-    left_out = [
-        set(range(43)) - {i for s in range(4) for i in batch_at(7, 4 * e + s, 43, 10)[1]} for e in range(6)
-    ]
+    left_out = [set(range(43)) - {i for s in range(4) for i in batch_at(7, 4 * e + s, 43, 10)[1]} for e in range(6)]
     assert all(len(left) == 3 for left in left_out)
     assert len({frozenset(left) for left in left_out}) > 1
 

@@ -49,9 +49,7 @@ def read(folder, pattern="*.tar"):
 
 
 def bytes_of(folder):
-    return {
-        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".index.json")
-    }
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".index.json")}
 
 
 def test_webdataset_reads_back_every_row_with_its_own_image_and_captions(tmp_path):
@@ -71,9 +69,7 @@ def test_webdataset_reads_back_every_row_with_its_own_image_and_captions(tmp_pat
 
 
 def test_the_packed_folder_loads_as_splits(tmp_path):
-    source = write_source(
-        tmp_path / "source", captioned(7) + captioned(3, "dev", 7) + captioned(2, "test", 10)
-    )
+    source = write_source(tmp_path / "source", captioned(7) + captioned(3, "dev", 7) + captioned(2, "test", 10))
     run(source, tmp_path / "out")
     splits = load_splits(DataConfig(path=str(tmp_path / "out")))
     assert splits.train is not None and splits.val is not None and splits.test is not None
@@ -224,9 +220,7 @@ def test_a_source_that_cannot_be_packed_says_what_is_expected(tmp_path):
     with pytest.raises(ValueError, match=r"no column for the image.*found picture, text"):
         run(source, tmp_path / "out")
     (source / "metadata.jsonl").write_text('{"image": "gone.png", "text": "x"}\n{broken\n')
-    with pytest.raises(
-        ValueError, match=r"bad_json: metadata.jsonl line 2; image_missing: metadata.jsonl line 1"
-    ):
+    with pytest.raises(ValueError, match=r"bad_json: metadata.jsonl line 2; image_missing: metadata.jsonl line 1"):
         run(source, tmp_path / "out")
     (source / "metadata.jsonl").write_text("")
     with pytest.raises(ValueError, match="it is empty"):

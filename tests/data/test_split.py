@@ -35,9 +35,7 @@ def test_the_manifest_says_what_each_split_holds(tmp_path: Path):
     assert manifest["version"] == 1 and manifest["name"] == "birds"
     train = manifest["splits"]["train"]
     assert [shard["samples"] for shard in train["shards"]] == [6, 4] and train["samples"] == 10
-    assert train["bytes"] == sum(
-        (tmp_path / "birds" / shard["name"]).stat().st_size for shard in train["shards"]
-    )
+    assert train["bytes"] == sum((tmp_path / "birds" / shard["name"]).stat().st_size for shard in train["shards"])
 
 
 def test_a_packed_folder_gives_its_splits_name_classes_and_templates(tmp_path: Path):
@@ -172,9 +170,7 @@ def test_a_manifest_that_does_not_fit_its_folder_raises(tmp_path: Path):
     config = DataConfig(path=str(tmp_path))
     with open(shards["val"][0], "ab") as file:
         file.write(bytes(512))
-    with pytest.raises(
-        ValueError, match=r"val-000\.tar has \d+ bytes; .*shards\.json lists it with \d+ bytes"
-    ):
+    with pytest.raises(ValueError, match=r"val-000\.tar has \d+ bytes; .*shards\.json lists it with \d+ bytes"):
         find_shards(config)
     shards["val"][0].unlink()
     with pytest.raises(ValueError, match=r"val-000\.tar does not exist"):

@@ -137,9 +137,7 @@ def test_metrics_are_those_of_features_computed_one_by_one(tmp_path, relevance, 
     prompts = [[feature_of_text(model, t.replace("{c}", c)) for t in TEMPLATES] for c in CLASSES]
     prototypes = class_prototypes(torch.stack([torch.stack(each) for each in prompts]))
     expected |= zero_shot_metrics(image, prototypes, torch.tensor(labels))
-    assert found.metrics == pytest.approx(
-        {f"toys/{name}": value for name, value in expected.items()}, abs=1e-12
-    )
+    assert found.metrics == pytest.approx({f"toys/{name}": value for name, value in expected.items()}, abs=1e-12)
     assert found.gallery == {
         "images": 5,
         "captions": 8,
@@ -199,9 +197,7 @@ def test_data_that_cannot_be_measured_is_named(tmp_path):
         measured(samples, classnames=None)
     with pytest.raises(ValueError, match=r"a/0003 has label 3, but classnames\.txt names the classes 0 to 2"):
         measured(samples)
-    with pytest.raises(
-        ValueError, match=r"toys has class names and no prompts.*zeroshot_classification_templates"
-    ):
+    with pytest.raises(ValueError, match=r"toys has class names and no prompts.*zeroshot_classification_templates"):
         measured(samples, templates=[])
 
 

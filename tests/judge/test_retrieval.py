@@ -144,9 +144,7 @@ def test_pair_recall_is_the_one_of_clip_benchmark():
     metrics = retrieval_metrics(image, text, caption_of, image_of, "pair")
     for k in KS:
         assert abs(metrics[f"text_to_image_recall@{k}"] - clip_benchmark_recall(score, positive, k)) < 1e-6
-        assert (
-            abs(metrics[f"image_to_text_recall@{k}"] - clip_benchmark_recall(score.T, positive.T, k)) < 1e-6
-        )
+        assert abs(metrics[f"image_to_text_recall@{k}"] - clip_benchmark_recall(score.T, positive.T, k)) < 1e-6
 
 
 def test_pair_recall_is_what_the_installed_clip_benchmark_computes():
@@ -191,9 +189,7 @@ def test_memory_grows_with_the_gallery_and_not_with_its_square():
     for num_items in (250, 1000):
         each = torch.arange(num_items)
         with Largest() as seen:
-            retrieval_metrics(
-                unit(num_items, 4), unit(num_items, 4, seed=1), each, each, "pair", chunk_rows=32
-            )
+            retrieval_metrics(unit(num_items, 4), unit(num_items, 4, seed=1), each, each, "pair", chunk_rows=32)
         largest[num_items] = seen.numel
     assert largest == {250: 32 * 250, 1000: 32 * 1000}
 

@@ -84,9 +84,7 @@ def test_only_a_base_can_be_shown():
 
 
 def test_a_single_measurement_is_one_column():
-    text = printed(
-        {"model": {f"emoji/{RECALL}": 0.5}, "meta": {"gallery": {"emoji": GALLERY | {"split": "val"}}}}
-    )
+    text = printed({"model": {f"emoji/{RECALL}": 0.5}, "meta": {"gallery": {"emoji": GALLERY | {"split": "val"}}}})
     assert cells(text, RECALL) == ["0.5000"]
     assert text.startswith("emoji, val split: 1,000 images")
 

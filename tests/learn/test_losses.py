@@ -67,9 +67,16 @@ def test_the_parts_of_ranks_are_rows_and_summands_of_the_whole():
     whole = CASES["shared and invalid"]
     scale = torch.tensor(10.0, dtype=torch.float64)
     expected = info_nce(whole, whole, scale, lambda rows: rows)
-    lse = [losses.log_sum_exps(a, b, whole.valid, scale) for a, b in ((whole.image, whole.text), (whole.text, whole.image))]
+    lse = [
+        losses.log_sum_exps(a, b, whole.valid, scale) for a, b in ((whole.image, whole.text), (whole.text, whole.image))
+    ]
     parts = [
-        info_nce(Pairs(whole.image[s], whole.text[s], whole.ids[s], whole.valid[s]), whole, scale, lambda _: torch.stack(lse, 1))
+        info_nce(
+            Pairs(whole.image[s], whole.text[s], whole.ids[s], whole.valid[s]),
+            whole,
+            scale,
+            lambda _: torch.stack(lse, 1),
+        )
         for s in (slice(0, 2), slice(2, 3), slice(3, 6))
     ]
     assert_close(torch.cat([part.image for part in parts]), expected.image)
@@ -85,7 +92,10 @@ def test_tiles_do_not_change_the_result(monkeypatch):
     whole = info_nce(p, p, scale, lambda rows: rows)
     monkeypatch.setattr(losses, "TILE_ELEMENTS", 1)  # the narrowest tiles: 64 columns
     tiled = info_nce(p, p, scale, lambda rows: rows)
-    assert_close((tiled.loss, tiled.image, tiled.text, tiled.log_scale), (whole.loss, whole.image, whole.text, whole.log_scale))
+    assert_close(
+        (tiled.loss, tiled.image, tiled.text, tiled.log_scale),
+        (whole.loss, whole.image, whole.text, whole.log_scale),
+    )
 
 
 def test_shared_counts_the_rows_with_several_valid_positives():

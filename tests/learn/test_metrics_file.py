@@ -27,7 +27,12 @@ def test_reopening_cuts_back_to_the_saved_step(tmp_path):
         file.append(step, {"train/loss": float(step)})
     again = MetricsFile(path, last_step=3)
     again.append(4, {"train/loss": 40.0})
-    assert [(row["step"], row["train/loss"]) for row in read_rows(path)] == [("1", "1"), ("2", "2"), ("3", "3"), ("4", "40")]
+    assert [(row["step"], row["train/loss"]) for row in read_rows(path)] == [
+        ("1", "1"),
+        ("2", "2"),
+        ("3", "3"),
+        ("4", "40"),
+    ]
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):

@@ -34,9 +34,7 @@ def save_run(clip, path: Path, checkpoint="best") -> Path:
     (path / "checkpoints").mkdir(parents=True)
     (path / "config.yaml").write_text("name: x\n")
     (path / "model.json").write_text(json.dumps(description(clip)))
-    torch.save(
-        {"state_dict": clip.model.state_dict(), "step": 7}, path / "checkpoints" / f"{checkpoint}.ckpt"
-    )
+    torch.save({"state_dict": clip.model.state_dict(), "step": 7}, path / "checkpoints" / f"{checkpoint}.ckpt")
     return path
 
 

@@ -51,9 +51,7 @@ def test_an_architecture_in_another_spelling_is_answered_with_the_right_one():
 
 
 def test_a_misspelt_tag_is_answered_with_the_closest_and_all_tags():
-    with pytest.raises(
-        ValueError, match=r"model\.pretrained='opnai'.*Did you mean openai\?.*laion2b_s34b_b79k"
-    ):
+    with pytest.raises(ValueError, match=r"model\.pretrained='opnai'.*Did you mean openai\?.*laion2b_s34b_b79k"):
         check_model(model("ViT-B-32", "opnai"))
 
 

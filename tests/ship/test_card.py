@@ -47,15 +47,10 @@ def test_a_card_shows_no_path_of_the_machine():
 
 
 def test_a_card_counts_the_causes_with_an_example_and_names_the_changed_metric():
-    text = card(
-        reloaded=reloaded({"test-000/7": "EXIF orientation 6"}), plain={"emoji/text_to_image_recall@1": 0.2}
-    )
+    text = card(reloaded=reloaded({"test-000/7": "EXIF orientation 6"}), plain={"emoji/text_to_image_recall@1": 0.2})
     assert "lowest cosine 0.8000, 1 below 0.999" in text
     assert "- 1 files (such as test-000/7): EXIF orientation 6." in text
-    assert (
-        "emoji/text_to_image_recall@1 differs by -5.0 points with plain open_clip: the files named above"
-        in text
-    )
+    assert "emoji/text_to_image_recall@1 differs by -5.0 points with plain open_clip: the files named above" in text
 
 
 def test_the_loading_code_of_a_card_is_python():

@@ -86,9 +86,7 @@ def test_an_export_that_lost_its_activation_is_refused_and_leaves_nothing(tmp_pa
     clip = micro()
     del clip.model_cfg["quick_gelu"]
     with pytest.raises(RuntimeError, match="export is wrong: for the same inputs"):
-        export_folder(
-            clip, tmp_path / "export", files=[], ours=torch.zeros(0, 24), captions=[], card=lambda check: ""
-        )
+        export_folder(clip, tmp_path / "export", files=[], ours=torch.zeros(0, 24), captions=[], card=lambda check: "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,9 +113,7 @@ def test_a_failing_block_leaves_the_former_folder_as_it_was(tmp_path):
 def test_a_folder_that_is_no_export_is_never_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds something else than an export"):
-        export_folder(
-            micro(), tmp_path, files=[], ours=torch.zeros(0, 24), captions=[], card=lambda check: ""
-        )
+        export_folder(micro(), tmp_path, files=[], ours=torch.zeros(0, 24), captions=[], card=lambda check: "")
     assert (tmp_path / "thesis.txt").exists()
 
 
