@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def field_docs(schema: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(config_module))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
     docs = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
             docs[field.target.id] = str(text.value.value)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DURATION_S = {"s": 1, "min": 60, "h": 3600}
+RECALLS = tuple(f"{side}_recall@{k}" for side in ("mean", "text_to_image", "image_to_text") for k in (1, 5, 10))
+ZERO_SHOTS = ("zero_shot_top1", "zero_shot_top5", "zero_shot_mean_per_class")
 
 
 @dataclass(frozen=True)
@@ -196,13 +198,14 @@ class EvalConfig:
     relevance: str = "caption"
     """A caption counts for an image when it is its own or an equal text (caption), or only its own (pair)."""
     select: str = "mean_recall@1"
-    """Validation metric that best.ckpt maximises: mean_recall@1, or one such as text_to_image_recall@5."""
+    """Validation metric that best.ckpt maximises: mean_recall@1 (of both directions), or one of the table's shares."""
     batch_size: int = 256
     """Images or texts encoded at a time."""
 
     def __post_init__(self):
         parse_every("eval.every", self.every)
         one_of("eval.relevance", self.relevance, ("caption", "pair"))
+        one_of("eval.select", self.select, RECALLS + ZERO_SHOTS)
         positive(eval__batch_size=self.batch_size)
 
 

@@ -86,8 +86,8 @@ def plan_lines(
         *(f"        {note}" for note in clip.notes),
         f"steps   {steps.total:,} of {batch} pairs, {steps.per_epoch:,} an epoch ({left} left out each time, others "
         f"each time), warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
-        f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each in micro-batches of {micro}",
-        f"memory  {4 * (total + 3 * trainable) / 1e9:.2f} GB a device for weights, gradients and AdamW; activations besides",
+        f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
+        f"memory  {4 * (total + 3 * trainable) / 1e9:.2f} GB a device for weights, gradients, AdamW; plus activations",
         f"text    {'cut after the longest caption of a batch (exact for this tower)' if trim else 'full length'}",
     ]
     drops = [p for m in clip.model.modules() if isinstance(p := getattr(m, "p", None), float) and p > 0]

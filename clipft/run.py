@@ -15,6 +15,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
@@ -27,11 +28,12 @@ from clipft.data.loader import Batch, train_loader
 from clipft.data.sample import image_of
 from clipft.data.split import Splits, load_splits
 from clipft.judge.evaluate import Evaluation, Task, build_task, embed, judge
+from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
 from clipft.learn.after_step import AfterStep
 from clipft.learn.checkpoint import AtomicCheckpointIO, saved_step
 from clipft.learn.journal import Journal
-from clipft.learn.loggers import build_loggers
+from clipft.learn.loggers import Retrieved, build_loggers, log_end
 from clipft.learn.metrics_file import MetricsFile
 from clipft.learn.module import ContrastiveModule, Plan
 from clipft.learn.stop import Timer
@@ -92,22 +94,26 @@ def train(config: Config, folder: Path, ranks: Ranks) -> int:
     measure = Measure(clip, ranks, trim, config.eval.relevance, config.eval.batch_size, workers, config.data.max_pixels)
     tasks = report_tasks(config, splits, clip)
     meta = describe_run(config, splits, steps)
+    loggers = build_loggers(config, folder) if ranks.first else []
     if config.eval.base and "base" not in read_results(folder):
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
     if done < steps.total:
-        stopped = fit(config, folder, splits, steps, measure, done)
+        stopped = fit(config, folder, splits, steps, measure, done, loggers)
         if stopped:
             return 128 + stopped
-    for name in ("best", "last"):
+    for name in ("last", "best"):
         path = folder / "checkpoints" / f"{name}.ckpt"
         load_exactly(clip.model, read_checkpoint(path), path)
-        record(folder, ranks, name, [(split, measure(task)) for split, task in tasks], meta)
+        evaluations = [(split, measure(task)) for split, task in tasks]
+        record(folder, ranks, name, evaluations, meta)
     if ranks.first:
-        finish(folder)
+        finish(folder, loggers, sample_retrievals(tasks[0][1], evaluations[0][1].embedded))
     return 0
 
 
-def fit(config: Config, folder: Path, splits: Splits, steps: Steps, measure: Measure, done: int) -> int:
+def fit(
+    config: Config, folder: Path, splits: Splits, steps: Steps, measure: Measure, done: int, loggers: list[Logger]
+) -> int:
     """Trains from step `done`; returns the signal that stopped it, or 0."""
     clip, ranks = measure.clip, measure.ranks
     assert splits.train is not None and config.optim.lr is not None
@@ -133,7 +139,6 @@ def fit(config: Config, folder: Path, splits: Splits, steps: Steps, measure: Mea
         workers=measure.workers,
         pin=ranks.device.type == "cuda",
     )
-    loggers = build_loggers(config, folder) if ranks.first else []
     journal = Journal(
         MetricsFile(folder / "metrics.csv", done) if ranks.first else None,
         loggers,
@@ -147,6 +152,7 @@ def fit(config: Config, folder: Path, splits: Splits, steps: Steps, measure: Mea
         save=Timer(parse_every("checkpoint.every", config.checkpoint.every) or Every()),
         evaluate=Timer(parse_every("eval.every", config.eval.every) or Every(steps=steps.per_epoch)),
         validate=validation(splits, measure),
+        validate_first=config.eval.base and not done,
         select=config.eval.select,
         keep=config.checkpoint.keep,
         max_bad_frac=config.data.max_bad_frac,
@@ -216,7 +222,7 @@ def validation(splits: Splits, measure: Measure):
 
 
 def report_tasks(config: Config, splits: Splits, clip: Clip) -> list[tuple[str, Task]]:
-    """What the before/after table is made on, with the split's name: the data, eval.also, what the base was trained on."""
+    """What the before/after table is made on, with the split: the data, eval.also, what the base was trained on."""
     others = [load_splits(named_data(name)) for name in config.eval.also]
     if kind_of(config.model.name) == "run":
         others.append(load_splits(load_config(Path(config.model.name) / "config.yaml", Config).data))
@@ -341,9 +347,14 @@ def describe_run(config: Config, splits: Splits, steps: Steps) -> dict[str, Any]
     }
 
 
-def finish(folder: Path) -> None:
+def finish(folder: Path, loggers: list[Logger], retrievals: list[Retrieved]) -> None:
     results = read_results(folder)
-    write_results(folder, results | {"meta": results["meta"] | {"finished": True}})
+    results = {column: results[column] for column in ("base", "best", "last") if column in results} | {
+        "meta": results["meta"] | {"finished": True}
+    }
+    write_results(folder, results)
+    for logger in loggers:
+        log_end(logger, results, retrievals)
     print_results(results, sys.stdout)
     print(f"Results {folder}/results.json, weights {folder}/checkpoints/best.ckpt. Next: clipft export run={folder}")
 

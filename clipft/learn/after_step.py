@@ -54,13 +54,15 @@ class AfterStep(pl.Callback):
         *,
         save: Timer,
         evaluate: Timer,
-        validate: Validate | None,
+        validate: Validate,
+        validate_first: bool,
         select: str,
         keep: int,
         max_bad_frac: float,
     ):
         self.folder, self.journal, self.save, self.evaluate = folder, journal, save, evaluate
-        self.validate, self.select, self.keep, self.max_bad_frac = validate, select, keep, max_bad_frac
+        self.validate, self.validate_first, self.select = validate, validate_first, select
+        self.keep, self.max_bad_frac = keep, max_bad_frac
         self.stop = StopRequest()
         self.best_step, self.best_value = 0, -math.inf
         self.num_seen, self.num_dropped = 0, 0
@@ -81,6 +83,9 @@ class AfterStep(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.install()  # here, because Lightning has installed its own by now
+        if self.validate_first:
+            value = select_value(self.validate(), self.select)
+            self.journal.print(f"step 0/{self.journal.num_steps}  val {self.select} {value:.4f}")
         self.save.restart()
         self.evaluate.restart()
         self.end = time.perf_counter()
@@ -103,7 +108,7 @@ class AfterStep(pl.Callback):
         # On a GPU a step's sums are read after the next step, when they are there without waiting for them.
         due = self._read(leave=1 if record.norm.is_cuda and not last else 0)
         improved = False
-        if self.validate and (due.evaluate or self.evaluate.due_by_step(record.step) or last):
+        if due.evaluate or self.evaluate.due_by_step(record.step) or last:
             self._read(leave=0)
             improved = self._validate(pl_module, record.step)
         self.journal.write()
@@ -157,7 +162,6 @@ class AfterStep(pl.Callback):
 
     def _validate(self, module: ContrastiveModule, step: int) -> bool:
         """Adds the validation to the step's row; true when it is the best so far."""
-        assert self.validate is not None
         metrics = self.validate()
         module.train_mode()
         self.evaluate.restart()
@@ -174,7 +178,7 @@ class AfterStep(pl.Callback):
         path = step_path(self.folder, step)
         trainer.save_checkpoint(path)
         if rank() == 0:
-            if self.best_step == step or self.validate is None:
+            if self.best_step == step:
                 point(self.folder, "best", path)
             point(self.folder, "last", path)
             forget_old(self.folder, self.keep)
@@ -183,12 +187,10 @@ class AfterStep(pl.Callback):
 
 def select_value(metrics: dict[str, float], select: str) -> float:
     """The number that best.ckpt maximises: one metric, or the mean of both directions for mean_recall@k."""
-    if select.startswith("mean_"):
-        return (
-            metrics[select.replace("mean_", "text_to_image_")] + metrics[select.replace("mean_", "image_to_text_")]
-        ) / 2
-    if select not in metrics:
+    names = [select.replace("mean_", side) for side in ("text_to_image_", "image_to_text_")]
+    names = names if select.startswith("mean_") else [select]
+    if not all(name in metrics for name in names):
         raise ValueError(
-            f"eval.select={select!r} is no validation metric. Use mean_recall@1 or one of {sorted(metrics)}."
+            f"eval.select={select!r} is not measured on this val split. It has: {', '.join(sorted(metrics))}."
         )
-    return metrics[select]
+    return sum(metrics[name] for name in names) / len(names)

@@ -2,10 +2,15 @@
 
 import os
 import re
-import warnings
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -15,7 +20,21 @@ WAIT_S = 10.0  # for a server that does not answer
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Retrieved:
+    """A caption with the images that a model finds for it."""
+
+    caption: str
+    own: UInt8[np.ndarray, "_ _ 3"]
+    """The image that the caption belongs to."""
+    found: list[np.ndarray]
+    """The images that score highest, the first one first."""
+    rank: int
+    """How many images score above the own one, plus one."""
+
+
 def build_loggers(config: Config, folder: Path) -> list[Logger]:
+    """The loggers that the config asks for, with the config written to them."""
     if config.logger == "tensorboard":
         return [build_tensorboard(config, folder)]
     return [build_wandb(config, folder)] if config.logger == "wandb" else []
@@ -26,7 +45,7 @@ def build_tensorboard(config: Config, folder: Path) -> Logger:
         logger = TensorBoardLogger(folder, name="tensorboard", version="")
     except ModuleNotFoundError as error:
         raise ValueError("logger=tensorboard needs a package. Run: pip install tensorboard") from error
-    logger.log_hyperparams(readable(config))
+    logger.experiment.add_text("config", f"```\n{OmegaConf.to_yaml(readable(config))}\n```")
     return logger
 
 
@@ -34,33 +53,83 @@ def build_wandb(config: Config, folder: Path) -> Logger:
     """A wandb run in the run's folder; offline where there is no key or the server does not answer."""
     import wandb
 
-    offline = os.environ.get("WANDB_MODE") == "offline" or not has_key()
+    asked = os.environ.get("WANDB_MODE")
+    mode = asked if asked in ("offline", "disabled") else "online" if has_key() else "offline"
     try:
-        logger = open_wandb(config, folder, offline)
-    except (wandb.Error, OSError) as error:
-        warnings.warn(f"wandb cannot be reached ({error}); this run is logged offline.", stacklevel=2)
-        logger = open_wandb(config, folder, offline=True)
-    return logger
+        return open_wandb(config, folder, mode)
+    except (wandb.Error, OSError, TimeoutError) as error:
+        print(f"warning: wandb is not reached ({error}); this run is logged offline.", file=sys.stderr)
+        return open_wandb(config, folder, "offline")
 
 
-def open_wandb(config: Config, folder: Path, offline: bool) -> Logger:
+def open_wandb(config: Config, folder: Path, mode: str) -> Logger:
     import wandb
 
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "clipft"),
         name=config.name,
+        id=run_id(folder),
+        resume="allow",
         dir=folder,
-        mode="offline" if offline else None,
+        mode=mode,  # pyright: ignore[reportArgumentType]
         config=readable(config),
         settings=wandb.Settings(init_timeout=WAIT_S, silent=True),
     )
     return WandbLogger(experiment=run)
 
 
+def run_id(folder: Path) -> str:
+    """The id under which a resumed run goes on in the same wandb run."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
+
+
 def has_key() -> bool:
+    """Whether wandb has a key: in the environment, or in the netrc that `wandb login` writes."""
+    import netrc
+
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        hosts = {}
+    return bool(os.environ.get("WANDB_API_KEY")) or any("wandb" in host for host in hosts)
+
+
+def log_end(logger: Logger, results: dict[str, Any], retrievals: Sequence[Retrieved]) -> None:
+    """Adds the before/after table and the sample retrievals, and closes the logger."""
+    columns = [name for name in ("base", "best", "last") if name in results]
+    metrics = list(dict.fromkeys(metric for name in columns for metric in results[name]))
+    rows = [[metric, *(results[name].get(metric) for name in columns)] for metric in metrics]
+    if isinstance(logger, WandbLogger):
+        log_tables_to_wandb(logger, ["metric", *columns], rows, retrievals)
+    elif isinstance(logger, TensorBoardLogger):
+        lines = [["metric", *columns], ["---"] * (1 + len(columns)), *rows]
+        logger.experiment.add_text("results", "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines))
+        for number, each in enumerate(retrievals):
+            logger.experiment.add_image(f"found/{each.caption}", each.found[0], number, dataformats="HWC")
+    logger.finalize("success")
+
+
+def log_tables_to_wandb(
+    logger: WandbLogger, columns: list[Any], rows: list[list[Any]], retrievals: Sequence[Retrieved]
+) -> None:
     import wandb
 
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    logger.experiment.log({"results": wandb.Table(columns=columns, data=rows)})
+    if retrievals:
+        names: list[Any] = [
+            "caption",
+            "rank of its image",
+            "its image",
+            *(f"found {n + 1}" for n in range(len(retrievals[0].found))),
+        ]
+        table = wandb.Table(columns=names)
+        for each in retrievals:
+            table.add_data(each.caption, each.rank, *(wandb.Image(pixels) for pixels in [each.own, *each.found]))
+        logger.experiment.log({"retrievals": table})
+    logger.experiment.finish()
 
 
 def readable(config: Config) -> dict[str, Any]:

@@ -1,0 +1,193 @@
+"""Every YAML composes, and every option does something."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import make_config, make_data, make_model, outcome, train_here
+
+from clipft.arguments import options_of
+from clipft.cli import main
+from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig, parse_every
+
+ROOT = Path(__file__).parent.parent
+GROUPS = ("model", "data", "experiment")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for g in GROUPS for p in (ROOT / "conf" / g).glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_yaml_composes(path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = [f"{path.parent.name}={path.stem}"]
+    if path.parent.name != "experiment":
+        arguments += [a for a in ("model=tiny", "data=toy") if not a.startswith(path.parent.name)]
+    assert main(["train", *arguments, "--cfg", "job"]) == 0
+    assert "batch_size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, steps, seconds",
+    [("100", 100, None), (7, 7, None), ("10min", None, 600), ("1.5h", None, 5400), ("90s", None, 90)],
+)
+def test_intervals_are_steps_or_durations(text, steps, seconds):
+    every = parse_every("eval.every", text)
+    assert every is not None and (every.steps, every.seconds) == (steps, seconds)
+
+
+# Every option of `train` stands in one of these tables.
+# 1. Changed alone, it changes what a run of six steps leaves.
+CHANGES = [
+    "data.name=other",
+    "data.train={data}/train-00000.tar",
+    "data.val={data}/test-00000.tar",
+    "data.test={data}/val-00000.tar",
+    "data.augment=none",
+    "data.crop_min=0.3",
+    "data.affine_degrees=30",
+    "data.flip_prob=1.0",
+    "loss.positives=pair",
+    "optim.lr=0.02",
+    "optim.weight_decay=0.5",
+    "optim.beta1=0.5",
+    "optim.beta2=0.5",
+    "optim.eps=0.01",
+    "optim.schedule=constant",
+    "optim.warmup_frac=0.5",
+    "optim.max_norm=0.01",
+    "train.batch_size=6",
+    "train.max_steps=4",
+    "train.seed=1",
+    "eval.every=3",
+    "eval.base=false",
+    "eval.also=[{data}]",
+    "eval.relevance=pair",
+    "eval.select=text_to_image_recall@10",
+    "checkpoint.every=1",
+    "checkpoint.keep=1",
+    "trainer.precision=bf16-mixed",
+    "logger=tensorboard",
+]
+# 2. A value that cannot work is refused with the key in the message.
+REFUSED = [
+    "resume=never",
+    "logger=mlflow",
+    "model.name=tiney",
+    "model.pretrained=openai",
+    "model.checkpoint=first",
+    "data.path=nowhere",
+    "data.train=nowhere",
+    "data.val_frac=1.5",
+    "data.augment=wild",
+    "data.crop_min=2",
+    "data.affine_degrees=-1",
+    "data.flip_prob=2",
+    "data.workers=-1",
+    "data.max_pixels=0",
+    "data.max_bad_frac=2",
+    "loss.name=clap",
+    "loss.positives=all",
+    "optim.lr=0",
+    "optim.beta1=1",
+    "optim.max_norm=0",
+    "optim.warmup_frac=1",
+    "train.batch_size=41",
+    "train.micro_batch=0",
+    "train.epochs=0",
+    "train.max_steps=0",
+    "train.seed=-1",
+    "eval.every=often",
+    "eval.select=text_to_image_median_rank",
+    "eval.batch_size=0",
+    "checkpoint.every=0",
+    "checkpoint.keep=0",
+    "trainer.devices=0",
+    "trainer.precision=half",
+    "trainer.dist_timeout_s=0",
+]
+# 3. Tests of their own, by name, anywhere in tests/.
+ELSEWHERE = {
+    "name": "test_a_run_without_name_is_called_after_model_and_data_and_numbered",
+    "runs_dir": "test_a_run_without_name_is_called_after_model_and_data_and_numbered",
+    "trainer.accelerator": "test_an_accelerator_that_is_not_there_is_refused",
+}
+
+
+def key_of(override: str) -> str:
+    return override.split("=")[0]
+
+
+def test_every_option_is_in_one_of_the_tables():
+    keys = {option.key for option in options_of(Config)}
+    covered = {key_of(each) for each in CHANGES + REFUSED} | set(ELSEWHERE)
+    assert keys == covered
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    assert all(f"def {name}" in tests for name in ELSEWHERE.values())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_model(folder / "model")
+    make_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(root: Path) -> dict[str, Any]:
+    return outcome(train_here(make_config(root, "name=plain"))[1])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("override", CHANGES)
+def test_an_option_changes_the_result(root, plain, override):
+    name = f"name={key_of(override)}"
+    code, path = train_here(make_config(root, override.format(data=root / "data" / "packed"), name))
+    assert code == 0 and outcome(path) != plain
+
+
+@pytest.mark.process
+def test_epochs_count_the_steps(root):
+    one, two = (
+        outcome(train_here(make_config(root, "train.max_steps=null", f"train.epochs={n}", f"name=epochs-{n}"))[1])
+        for n in (1, 2)
+    )
+    assert (len(one["rows"]), len(two["rows"])) == (5, 10)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("free", ["train.micro_batch=3", "data.workers=1", "eval.batch_size=5"])
+def test_memory_settings_leave_the_result(root, plain, free):
+    found = outcome(train_here(make_config(root, free, f"name={key_of(free)}"))[1])
+    for ours, theirs in zip(found["rows"], plain["rows"], strict=True):
+        assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_value_that_cannot_work_is_refused_by_name(tmp_path, packed, override, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rest = [f"data.path={packed}", "model.name=tiny", "model.pretrained=null"]
+    rest = [each for each in rest if key_of(each) != key_of(override)]
+    assert main(["train", override, *rest]) == 2
+    assert key_of(override) in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_an_accelerator_that_is_not_there_is_refused():
+    from clipft.ranks import choose_device
+
+    for name in ("warp", "gpu", "mps"):
+        with pytest.raises(ValueError, match=r"trainer\.accelerator"):
+            choose_device(name, 0)
+
+
+def test_the_other_commands_have_no_option_without_a_test():
+    """Their options are read in tests/test_commands.py; this list has to grow with them."""
+    assert {option.key for option in options_of(ExportConfig)} == {"run", "checkpoint", "out"}
+    assert {option.key for option in options_of(PackConfig)} == {"source", "out", "shard_samples", "templates"}
+    own = {option.key for option in options_of(EvaluateConfig) if "." not in option.key}
+    assert own == {"split", "relevance", "batch_size", "out"}
