@@ -128,7 +128,9 @@ def log_tables_to_wandb(
         table = wandb.Table(columns=names)
         for each in retrievals:
             table.add_data(each.caption, each.rank, *(wandb.Image(pixels) for pixels in [each.own, *each.found]))
-        logger.experiment.log({"retrievals": table})
+        # A table's pictures travel in an artifact, outside the folder of an offline run; these lie inside.
+        first = [wandb.Image(each.found[0], caption=each.caption) for each in retrievals]
+        logger.experiment.log({"retrievals": table, "found_first": first})
     logger.experiment.finish()
 
 
