@@ -4,7 +4,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
 
 from pytorch_lightning.loggers import Logger
 
@@ -25,16 +24,15 @@ class Journal:
         batch_size: int,
         num_steps: int,
         first_step: int,
-        out: TextIO = sys.stderr,
     ):
         """`file` None makes a silent journal, for ranks other than 0."""
-        self.file, self.loggers, self.out = file, loggers, out
+        self.file, self.loggers = file, loggers
         self.batch_size, self.num_steps, self.first_step = batch_size, num_steps, first_step
         self.rows: dict[int, dict[str, float]] = {}
         self.began = self.shown = self.logged = time.monotonic()
         self.wait_s = self.total_s = 0.0
         self.since, self.num_dropped = first_step, 0
-        self.draws = out.isatty()
+        self.draws = sys.stderr.isatty()
 
     def step(self, record: StepRecord, loss: float, shared: int, dropped: int, wait_s: float, total_s: float) -> None:
         self.wait_s, self.total_s, self.num_dropped = (
@@ -81,7 +79,7 @@ class Journal:
 
     def print(self, text: str) -> None:
         if self.file is not None:
-            print(("\r\x1b[K" if self.draws else "") + text, file=self.out, flush=True)
+            print(("\r\x1b[K" if self.draws else "") + text, file=sys.stderr, flush=True)
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         for logger in self.loggers:
@@ -96,9 +94,9 @@ class Journal:
             f"data wait {100 * self.wait_s / max(self.total_s, 1e-9):.0f}%  eta {clock(left_s)}"
         ) + (f"  dropped {self.num_dropped}" if self.num_dropped else "")
         if self.draws:
-            print(f"\r\x1b[K{line}", end="" if step < self.num_steps else "\n", file=self.out, flush=True)
+            print(f"\r\x1b[K{line}", end="" if step < self.num_steps else "\n", file=sys.stderr, flush=True)
         else:
-            print(line, file=self.out, flush=True)
+            print(line, file=sys.stderr, flush=True)
         self.shown, self.since, self.wait_s, self.total_s = now, step, 0.0, 0.0
 
 

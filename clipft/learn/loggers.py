@@ -59,6 +59,7 @@ def build_wandb(config: Config, folder: Path) -> Logger:
         return open_wandb(config, folder, mode)
     except (wandb.Error, OSError, TimeoutError) as error:
         print(f"warning: wandb is not reached ({error}); this run is logged offline.", file=sys.stderr)
+        (folder / "wandb_id").unlink(missing_ok=True)  # wandb's service still holds that id
         return open_wandb(config, folder, "offline")
 
 
