@@ -56,7 +56,14 @@ def test_random_weights_follow_from_the_seed_and_leave_the_callers_generator_alo
     first, again, other = (load_model(model("tiny"), seed).model.state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["visual.proj"], other["visual.proj"])
+    assert not torch.equal(first["visual.head.proj.weight"], other["visual.head.proj.weight"])
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_our_architectures_are_small_and_have_no_statistics_that_would_stay_untrained(name):
+    clip = load_model(model(name), 0)
+    assert sum(parameter.numel() for parameter in clip.model.parameters()) < 10e6
+    assert not any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in clip.model.modules())
 
 
 def test_random_weights_are_said_to_be_random():
