@@ -13,19 +13,8 @@ from clipft import config as config_module
 from clipft.conf_files import data_folder, yaml_names
 from clipft.model.names import closest, kind_of
 
-FREE_TEXT = (
-    "name",
-    "runs_dir",
-    "source",
-    "out",
-    "run",
-    "model.name",
-    "data.name",
-    "data.path",
-    "data.train",
-    "data.val",
-)
-FREE_TEXT += ("data.test",)
+DATA_TEXT = tuple(f"data.{field}" for field in ("name", "path", "train", "val", "test"))
+FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", *DATA_TEXT)
 GROUPS = ("model", "data", "experiment")
 HYDRA_FLAGS = (
     "--cfg",
@@ -111,12 +100,16 @@ def check_key(argument: str, key: str, has_value: bool, keys: set[str], groups: 
     near = near or [name for name in known if name.split(".")[-1] == bare]
     near = near or difflib.get_close_matches(bare, known, n=1, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else " --help lists all options."
+    if not has_value and key in known:
+        raise ValueError(f"{argument!r} has no value: options are written {key}=VALUE.")
     if not has_value:
         raise ValueError(f"{argument!r} has no value: options are written key=value.{hint}")
     raise ValueError(f"{key} is no option.{hint}")
 
 
 def repeated(key: str, first: str, second: str) -> str:
+    if not second.endswith(".tar"):
+        return f"{key} is given twice ({first!r} and {second!r}). Give it once."
     return (
         f"{key} is given twice ({first!r} and {second!r}). That is what a shell makes of unquoted braces; "
         f"quote them: '{key}=\"shards/train-{{000..009}}.tar\"'"

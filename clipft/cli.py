@@ -11,9 +11,9 @@ from typing import Any
 
 from clipft.arguments import options_of, to_overrides
 from clipft.conf_files import conf_dirs, yaml_names
-from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig
+from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig
 from clipft.model.names import architecture_names
-from clipft.rundir import RunDir, save_config, settle
+from clipft.rundir import save_config, settle
 
 EXAMPLES = """\
 python train.py                                        drawn toy pairs, tiny model, about two minutes on a CPU
@@ -26,6 +26,10 @@ python train.py model=ViT-B-32 'data.train="shards/{000..059}.tar"' data.val=sha
 clipft data pack source=FOLDER out=data/mydata         images with metadata.jsonl -> shards
 clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot numbers
 clipft export run=runs/emoji                           a folder that open_clip loads"""
+
+
+STOPPED = (130, 143)
+TOY_PATH = "data/toy"  # of conf/data/toy.yaml; a folder of the user's that is called toy lies elsewhere
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(help_text(name))
             return 0
         return compose(COMMANDS[name], rest)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("CLIPFT_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The command's name (None: only help is wanted) and its arguments."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help") or (arguments[1:2] == ["--help"] and arguments[0] == "data"):
         return None, []
     for words in (2, 1):
         if (name := " ".join(arguments[:words])) in COMMANDS:
@@ -97,12 +101,16 @@ def compose(command: Command, arguments: list[str]) -> int:
             codes.append(command.job(OmegaConf.to_object(node)))
         except (ValueError, OmegaConfBaseException) as error:  # Hydra would print its own text before ours
             errors.append(error)
+        if codes and codes[-1] in STOPPED:
+            raise KeyboardInterrupt  # a sweep does not go on either
 
     before, sys.argv = sys.argv, ["clipft", *overrides]
     try:
         hydra.main(config_path=str(conf_dirs()[-1]), config_name=command.conf, version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         errors.append(error)
+    except KeyboardInterrupt:
+        return codes[-1] if codes else 130
     finally:
         sys.argv = before
     for error in errors:
@@ -133,7 +141,9 @@ def register(command: Command) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The message, of Hydra or OmegaConf with the key it is about."""
+    """The message; of Hydra and OmegaConf with the key it is about."""
+    if type(error) is ValueError:
+        return str(error)
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None) or ""
     text = str(getattr(cause, "msg", None) or cause).splitlines()[0]
@@ -153,28 +163,34 @@ def train(config: Config) -> int:
     if is_rank():
         from clipft.rank import train_under_torchrun
 
-        return train_under_torchrun(config, lambda config: prepare(config).path)
+        return train_under_torchrun(config, prepare)
     folder = prepare(config)
-    if folder.state == "finished":
-        print(f"{folder.path} is finished. Use resume=restart to run it again, or another name=.")
-        return 0
-    return launch("train", folder.path / "config.yaml", config.trainer.devices)
+    return launch("train", folder / "config.yaml", config.trainer.devices) if folder else 0
 
 
-def prepare(config: Config) -> RunDir:
-    """The run's folder with the config that its ranks read; raises for all that can be known to fail."""
+def prepare(config: Config) -> Path | None:
+    """The run's folder with the config that its ranks read, None if it is finished; raises for what cannot work."""
     from clipft.plan import resolve
 
-    make_toy_data(config)
-    return settle(resolve(config))
+    make_toy_data(config.data)
+    folder = settle(resolve(config))
+    if folder.state == "finished":
+        print(f"{folder.path} is finished. Use resume=restart to run it again, or another name=.")
+        return None
+    return folder.path
 
 
 def evaluate(config: EvaluateConfig) -> int:
     from clipft.data.split import find_shards
+    from clipft.launch import is_rank
     from clipft.model.names import check_model
+    from clipft.rank import evaluate_under_torchrun
 
+    make_toy_data(config.data)
     check_model(config.model)
     find_shards(config.data)
+    if is_rank():
+        return evaluate_under_torchrun(config)
     return launch_from_file("evaluate", config, config.trainer.devices)
 
 
@@ -199,12 +215,12 @@ def pack(config: PackConfig) -> int:
     return 0
 
 
-def make_toy_data(config: Config) -> None:
-    """The embedded data set is drawn when it is first asked for."""
-    if config.data.name == "toy" and config.data.path is not None:
+def make_toy_data(config: DataConfig) -> None:
+    """The data set of conf/data/toy.yaml is drawn when it is first asked for."""
+    if config.name == "toy" and config.path == TOY_PATH:
         from clipft.data.toy import make_toy
 
-        make_toy(Path(config.data.path))
+        make_toy(Path(config.path))
 
 
 COMMANDS = {

@@ -86,8 +86,8 @@ class DataConfig:
     """Validation shards: best.ckpt and early decisions come from these."""
     test: Any = None
     """Test shards: the final table is made on these where they exist."""
-    val_frac: float = 0.05
-    """Share of the training samples held out (by a hash of their keys) when there is no val."""
+    val_frac: float | None = None
+    """Share of the training samples held out (by a hash of their keys) when there is no val; null: 0.05."""
     augment: str = "light"
     """none: resize and centre crop; light: random crop of 0.9 to 1.0; strong: light, affine and flip."""
     crop_min: float | None = None
@@ -225,7 +225,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True)
 class TrainerConfig:
     accelerator: str = "auto"
-    """auto, cpu, gpu or another accelerator name of Lightning."""
+    """auto (a GPU where there is one), cpu, gpu or mps."""
     devices: int = 1
     """Devices on this machine; each gets a process of its own (DDP)."""
     precision: str | None = None
@@ -235,7 +235,8 @@ class TrainerConfig:
 
     def __post_init__(self):
         positive(trainer__devices=self.devices, trainer__dist_timeout_s=self.dist_timeout_s)
-        names = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
+        one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu", "mps"))
+        names = ("32-true", "bf16-mixed", "16-mixed", "64-true")  # weights in bf16 would lose most updates
         if self.precision is not None:
             one_of("trainer.precision", self.precision, names)
 

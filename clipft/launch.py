@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 GRACE_S = 10.0  # for the other ranks once one has failed
+SAVE_S = 120.0  # for the other ranks once one has stopped as it was asked to: the first one may still be saving
 POLL_S = 0.05
 
 
@@ -20,15 +21,21 @@ def is_rank() -> bool:
 
 def launch(command: str, config_file: Path, devices: int) -> int:
     """Runs `clipft.rank` on every device of this machine; returns the exit code for the shell."""
-    ranks = [start_rank(command, config_file, rank, devices, port) for port in [free_port()] for rank in range(devices)]
+    ranks: list[subprocess.Popen[bytes]] = []
+    port = free_port()
 
     def forward(number: int, _frame: FrameType | None) -> None:
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
+        for rank in range(devices):
+            ranks.append(start_rank(command, config_file, rank, devices, port))
         return supervise(ranks)
     finally:
         end_all(ranks, grace_s=0.0)
@@ -46,11 +53,11 @@ def start_rank(command: str, config_file: Path, rank: int, world: int, port: int
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    # A session of its own: Ctrl-C reaches the ranks once, through us.
+    # A session of its own: Ctrl-C reaches the ranks once, through us. The pipe closes when we are gone.
     return subprocess.Popen(
         [sys.executable, "-m", "clipft.rank", command, str(config_file)],
         env=environment,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         start_new_session=True,
     )
 
@@ -61,7 +68,7 @@ def supervise(ranks: list[subprocess.Popen[bytes]]) -> int:
         codes = [process.poll() for process in ranks]
         failed = [code for code in codes if code]
         if failed:
-            end_all(ranks, GRACE_S)
+            end_all(ranks, SAVE_S if failed[0] in (130, 143) else GRACE_S)
             return 128 - failed[0] if failed[0] < 0 else failed[0]
         if all(code == 0 for code in codes):
             return 0

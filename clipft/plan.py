@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipft.conf_files import named_data
-from clipft.config import Config
+from clipft.config import Config, DataConfig
 from clipft.data.order import steps_per_epoch
 from clipft.data.split import Splits, find_shards, load_splits
 from clipft.model.names import check_model, kind_of
 from clipft.rundir import load_config
 
 if TYPE_CHECKING:  # both import torch, and the command line must answer before that
+    from torch import nn
+
     from clipft.model.load import Clip
     from clipft.ranks import Ranks
 
@@ -30,8 +32,7 @@ def resolve(config: Config) -> Config:
     """The config with what depends on its base filled in; raises for all that cannot work."""
     check_model(config.model)
     splits = load_splits(config.data)
-    for name in config.eval.also:
-        find_shards(named_data(name))
+    other_data(config)
     count_steps(config, splits)
     if config.train.batch_size < config.trainer.devices:
         raise ValueError(
@@ -44,6 +45,26 @@ def resolve(config: Config) -> Config:
         optim=replace(config.optim, lr=lr),
         data=replace(config.data, name=config.data.name or splits.name),
     )
+
+
+def other_data(config: Config) -> tuple[list[DataConfig], list[str]]:
+    """What is measured besides the run's own data (eval.also, and what a base run was trained on), and notes."""
+    found, notes = [], []
+    for name in config.eval.also:
+        try:
+            find_shards(named_data(name))
+        except ValueError as error:
+            raise ValueError(f"eval.also: {name!r} cannot be measured. {error}") from error
+        found.append(named_data(name))
+    if kind_of(config.model.name) == "run":
+        base = load_config(Path(config.model.name) / "config.yaml", Config).data
+        try:
+            find_shards(base)
+            found.append(base)
+        except ValueError:
+            where = base.path or base.test or base.val or base.train
+            notes.append(f"forgetting is not measured: {base.name}, its base was trained on, is not here ({where})")
+    return found, notes
 
 
 def count_steps(config: Config, splits: Splits) -> Steps:
@@ -83,14 +104,24 @@ def plan_lines(
         f"data    {splits.name}: {sizes}",
         *(f"        {note}" for note in splits.notes),
         f"model   {clip.name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable",
-        *(f"        {note}" for note in clip.notes),
+        *(f"        {note}" for note in [*clip.notes, *other_data(config)[1], *model_notes(clip.model)]),
         f"steps   {steps.total:,} of {batch} pairs, {steps.per_epoch:,} an epoch ({left} left out each time, others "
         f"each time), warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
         f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
         f"memory  {4 * (total + 3 * trainable) / 1e9:.2f} GB a device for weights, gradients, AdamW; plus activations",
         f"text    {'cut after the longest caption of a batch (exact for this tower)' if trim else 'full length'}",
     ]
-    drops = [p for m in clip.model.modules() if isinstance(p := getattr(m, "p", None), float) and p > 0]
-    if drops:
-        lines.append("note    this model has dropout: another split into devices or micro-batches draws other masks")
     return lines
+
+
+def model_notes(model: "nn.Module") -> list[str]:
+    """What about a model's parts its user has to know."""
+    notes = []
+    rates = [getattr(part, name, 0) for part in model.modules() for name in ("p", "drop_prob", "prob", "dropout")]
+    if any(isinstance(rate, float) and rate > 0 for rate in rates):
+        notes.append("it drops units at random: another split into devices or micro-batches draws other masks")
+    if any("BatchNorm" in type(part).__name__ for part in model.modules()):
+        notes.append("BatchNorm keeps the statistics that it has")
+    if getattr(model, "logit_bias", None) is not None:
+        notes.append("logit_bias stays as it is: loss.name=clip does not see it")
+    return notes

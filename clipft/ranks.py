@@ -35,7 +35,8 @@ class Ranks:
 
     def cores(self) -> int:
         """Processor cores that this rank may count on."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world)
+        present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, present // self.local_world)
 
 
 @contextmanager
@@ -47,6 +48,12 @@ def joined(config: TrainerConfig) -> Iterator[Ranks]:
         int(os.environ.get("LOCAL_WORLD_SIZE", world)),
     )
     device = choose_device(config.accelerator, local_rank)
+    if config.precision == "16-mixed" and device.type == "cpu":
+        raise ValueError("trainer.precision='16-mixed' needs a GPU. Use 32-true or bf16-mixed on a CPU.")
+    if "LOCAL_WORLD_SIZE" in os.environ and config.devices not in (1, local_world):
+        raise ValueError(
+            f"trainer.devices={config.devices}, but {local_world} processes were started on this machine. Leave it out."
+        )
     ranks = Ranks(device, rank, world, local_world, config.precision or default_precision(device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -63,13 +70,11 @@ def joined(config: TrainerConfig) -> Iterator[Ranks]:
 
 
 def choose_device(accelerator: str, local_rank: int) -> torch.device:
-    if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
-        raise ValueError(f"trainer.accelerator={accelerator!r} is unknown. Use auto, cpu, gpu or mps.")
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+    if accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError(f"trainer.accelerator={accelerator!r}: torch sees no CUDA device. Use auto or cpu.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise ValueError("trainer.accelerator='mps': torch sees no MPS device. Use auto or cpu.")
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"trainer.devices asks for device {local_rank + 1} and torch sees {torch.cuda.device_count()}. "

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,30 +21,29 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 from clipft import __version__
-from clipft.conf_files import named_data
 from clipft.config import Config, EvaluateConfig, Every, ExportConfig, ModelConfig, parse_every
-from clipft.data.augment import build_augment
+from clipft.data.augment import Augment, build_augment
 from clipft.data.index import Samples
 from clipft.data.loader import Batch, train_loader
 from clipft.data.sample import image_of
 from clipft.data.split import Splits, load_splits
-from clipft.judge.evaluate import Evaluation, Task, build_task, embed, judge
+from clipft.judge.evaluate import Evaluation, Task, build_task, judge
+from clipft.judge.evaluate import evaluate as evaluate_task
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
-from clipft.learn.after_step import AfterStep
+from clipft.learn.after_step import AfterStep, Validate
 from clipft.learn.checkpoint import AtomicCheckpointIO, saved_step
 from clipft.learn.journal import Journal
-from clipft.learn.loggers import Retrieved, build_loggers, log_end
+from clipft.learn.loggers import build_loggers, each_guarded, log_end
 from clipft.learn.metrics_file import MetricsFile
-from clipft.learn.module import ContrastiveModule, Plan
+from clipft.learn.module import ContrastiveModule, Plan, freeze_unused
 from clipft.learn.stop import Timer
 from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
 from clipft.model.load import RUN_CONFIG, Clip, description, load_model
-from clipft.model.names import kind_of
 from clipft.model.weights import load_exactly, read_checkpoint
-from clipft.plan import Steps, count_steps, plan_lines
+from clipft.plan import Steps, count_steps, other_data, plan_lines
 from clipft.ranks import Ranks
-from clipft.rundir import load_config, read_results, write_results, write_text
+from clipft.rundir import load_config, log, read_results, write_results, write_text
 from clipft.ship.card import card_text
 from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, export_folder
 
@@ -65,9 +65,10 @@ class Measure:
     max_pixels: int
 
     def __call__(self, task: Task) -> Evaluation:
-        embedded = embed(
+        return evaluate_task(
             self.clip,
             task,
+            relevance=self.relevance,
             batch_size=self.batch_size,
             device=self.ranks.device,
             workers=self.workers,
@@ -75,7 +76,6 @@ class Measure:
             trim=self.trim,
             autocast=self.ranks.autocast,
         )
-        return judge(task, embedded, self.relevance)
 
 
 def train(config: Config, folder: Path, ranks: Ranks) -> int:
@@ -84,41 +84,63 @@ def train(config: Config, folder: Path, ranks: Ranks) -> int:
     splits = load_splits(config.data)
     steps = count_steps(config, splits)
     clip = load_model(config.model, config.train.seed)
+    freeze_unused(clip.model)
     clip.model.to(ranks.device)
     trim = can_trim(clip.model, clip.tokenize)
-    done = saved_step(folder / "checkpoints" / "last.ckpt")
-    if ranks.first:
-        write_text(folder / RUN_CONFIG, json.dumps(description(clip), indent=2) + "\n")
-        print("\n".join(plan_lines(config, splits, steps, clip, ranks, trim, done)), flush=True)
     workers = num_workers(config.data.workers, ranks)
     measure = Measure(clip, ranks, trim, config.eval.relevance, config.eval.batch_size, workers, config.data.max_pixels)
+    job = Job(config, folder, splits, steps, measure, build_augment(config.data, clip.preprocess_cfg))
+    validate = validation(job)
     tasks = report_tasks(config, splits, clip)
-    meta = describe_run(config, splits, steps)
+    done = saved_step(folder / "checkpoints" / "last.ckpt")
+    meta = describe_run(config, splits, steps, clip)
+    check_same_data(config, folder, meta, done)
+    if ranks.first:
+        write_text(folder / RUN_CONFIG, json.dumps(description(clip), indent=2) + "\n")
+        plan = "\n".join(plan_lines(config, splits, steps, clip, ranks, trim, done))
+        print(plan, flush=True)
+        log(folder, plan)
+        write_results(folder, read_results(folder) | {"meta": meta})
     loggers = build_loggers(config, folder) if ranks.first else []
     if config.eval.base and "base" not in read_results(folder):
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
     if done < steps.total:
-        stopped = fit(config, folder, splits, steps, measure, done, loggers)
+        stopped = fit(job, validate, done, loggers)
         if stopped:
             return 128 + stopped
+    evaluations = []
     for name in ("last", "best"):
         path = folder / "checkpoints" / f"{name}.ckpt"
         load_exactly(clip.model, read_checkpoint(path), path)
         evaluations = [(split, measure(task)) for split, task in tasks]
         record(folder, ranks, name, evaluations, meta)
     if ranks.first:
-        finish(folder, loggers, sample_retrievals(tasks[0][1], evaluations[0][1].embedded))
+        results = finish(folder)
+        found = sample_retrievals(tasks[0][1], evaluations[0][1].embedded) if loggers else []
+        each_guarded(loggers, lambda logger: log_end(logger, results, found))
     return 0
 
 
-def fit(
-    config: Config, folder: Path, splits: Splits, steps: Steps, measure: Measure, done: int, loggers: list[Logger]
-) -> int:
+@dataclass(frozen=True)
+class Job:
+    """What does not change in a run."""
+
+    config: Config
+    folder: Path
+    splits: Splits
+    steps: Steps
+    measure: Measure
+    augment: Augment
+
+
+def fit(job: Job, validate: Validate, done: int, loggers: list[Logger]) -> int:
     """Trains from step `done`; returns the signal that stopped it, or 0."""
-    clip, ranks = measure.clip, measure.ranks
+    config, folder, splits, steps = job.config, job.folder, job.splits, job.steps
+    measure, clip, ranks = job.measure, job.measure.clip, job.measure.ranks
     assert splits.train is not None and config.optim.lr is not None
     plan = Plan(
         num_steps=steps.total,
+        warmup_steps=steps.warmup,
         batch_size=config.train.batch_size,
         micro_batch=config.train.micro_batch or config.train.batch_size,
         lr=config.optim.lr,
@@ -126,7 +148,7 @@ def fit(
     )
     loader = train_loader(
         splits.train,
-        augment=build_augment(config.data, clip.preprocess_cfg),
+        augment=job.augment,
         tokenize=tokenizer(clip, measure.trim),
         max_pixels=config.data.max_pixels,
         positives=config.loss.positives,
@@ -142,6 +164,7 @@ def fit(
     journal = Journal(
         MetricsFile(folder / "metrics.csv", done) if ranks.first else None,
         loggers,
+        partial(log, folder),
         batch_size=config.train.batch_size,
         num_steps=steps.total,
         first_step=done,
@@ -151,11 +174,12 @@ def fit(
         journal,
         save=Timer(parse_every("checkpoint.every", config.checkpoint.every) or Every()),
         evaluate=Timer(parse_every("eval.every", config.eval.every) or Every(steps=steps.per_epoch)),
-        validate=validation(splits, measure),
+        validate=validate,
         validate_first=config.eval.base and not done,
         select=config.eval.select,
         keep=config.checkpoint.keep,
         max_bad_frac=config.data.max_bad_frac,
+        lag=host_lag(ranks),
     )
     module = ContrastiveModule(clip.model, encoder(clip), config.optim, plan)
     trainer = build_trainer(ranks, config.trainer.precision, after)
@@ -210,10 +234,15 @@ def tokenizer(clip: Clip, trim: bool):
     return tokenize
 
 
-def validation(splits: Splits, measure: Measure):
+def validation(job: Job) -> Validate:
     """A function that measures the val split with the present weights; metrics without the data's name."""
+    splits, measure, select = job.splits, job.measure, job.config.eval.select
     assert splits.val is not None
     task = build_task("val", splits.val, splits.classnames, splits.templates, measure.clip.tokenize)
+    measurable = len(task.caption_of) if "recall" in select else task.label.ge(0).sum()
+    if not measurable:
+        lacks = "captions" if "recall" in select else "labels with class names"
+        raise ValueError(f"eval.select={select!r} cannot be measured: the val split has no {lacks}.")
 
     def validate() -> dict[str, float]:
         return {name.removeprefix("val/"): value for name, value in measure(task).metrics.items()}
@@ -221,17 +250,34 @@ def validation(splits: Splits, measure: Measure):
     return validate
 
 
+def host_lag(ranks: Ranks) -> int:
+    """Steps after which the host reads a step's numbers: on a GPU they are there by then without waiting."""
+    return 1 if ranks.device.type == "cuda" else 0
+
+
+def check_same_data(config: Config, folder: Path, meta: dict[str, Any], done: int) -> None:
+    """Raises when a run would go on with other samples than it began with."""
+    before = read_results(folder).get("meta", {}).get("fingerprint")
+    if done and before and before != meta["fingerprint"] and config.resume != "force":
+        changed = [split for split, value in meta["fingerprint"].items() if before.get(split) != value]
+        raise ValueError(
+            f"{config.data.name}: the shards of {', '.join(changed)} are not those that {folder} began with. Put them "
+            "back, or use resume=force to go on with these, resume=restart to begin again, or another name=."
+        )
+
+
 def report_tasks(config: Config, splits: Splits, clip: Clip) -> list[tuple[str, Task]]:
     """What the before/after table is made on, with the split: the data, eval.also, what the base was trained on."""
-    others = [load_splits(named_data(name)) for name in config.eval.also]
-    if kind_of(config.model.name) == "run":
-        others.append(load_splits(load_config(Path(config.model.name) / "config.yaml", Config).data))
     tasks: dict[str, tuple[str, Task]] = {}
-    for each in [splits, *others]:
+    for each in [splits, *(load_splits(data) for data in other_data(config)[0])]:
+        split, samples = reported(each)
         if each.name not in tasks:
-            split, samples = reported(each)
             task = build_task(each.name, samples, each.classnames, each.templates, clip.tokenize)
             tasks[each.name] = split, task
+        elif tasks[each.name][1].samples.fingerprint != samples.fingerprint:
+            raise ValueError(
+                f"Two data sets are called {each.name!r}. Give this run's another name with data.name=NAME."
+            )
     return list(tasks.values())
 
 
@@ -258,6 +304,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize)
     evaluation = measure(task)
     if ranks.first:
+        print("\n".join(splits.notes + clip.notes))
         gallery = {splits.name: {"split": split, **evaluation.gallery}}
         results = {"model": evaluation.metrics, "meta": {"gallery": gallery, "relevance": config.relevance}}
         print_results(results, sys.stdout)
@@ -275,6 +322,7 @@ def export(config: ExportConfig) -> int:
     clip = load_model(ModelConfig(name=config.run, pretrained=None, checkpoint=config.checkpoint), seed=0)
     splits = load_splits(trained.data)
     split, samples = reported(splits)
+    whole = len(samples) <= MOST_EXPORT_CHECKS
     samples = samples.take(np.arange(min(len(samples), MOST_EXPORT_CHECKS)))
     ranks = Ranks(torch.device("cpu"), 0, 1, 1, "32-true")
     trim = can_trim(clip.model, clip.tokenize)
@@ -292,8 +340,8 @@ def export(config: ExportConfig) -> int:
             data=splits.name,
             split=split,
             galleries={name: size for name, size in ours.gallery.items() if isinstance(size, int)},
-            before=results.get("base", {}),
-            exported=results.get(config.checkpoint, {}) | ours.metrics,
+            before=results.get("base", {}) if whole else {},  # the base was measured on all of them
+            exported=(results.get(config.checkpoint, {}) if whole else {}) | ours.metrics,
             plain=theirs.metrics,
             reloaded=plain,
             versions={"clipft": __version__, **plain.versions},
@@ -328,10 +376,11 @@ def record(
     write_results(folder, read_results(folder) | {column: metrics, "meta": meta | {"gallery": gallery}})
 
 
-def describe_run(config: Config, splits: Splits, steps: Steps) -> dict[str, Any]:
+def describe_run(config: Config, splits: Splits, steps: Steps, clip: Clip) -> dict[str, Any]:
     """What one has to know to read the numbers of results.json."""
     split, _ = reported(splits)
     return {
+        "base_model": {"name": clip.name, "pretrained": clip.pretrained},
         "split": split,
         "relevance": config.eval.relevance,
         "selected_by": f"val {config.eval.select}",
@@ -347,16 +396,15 @@ def describe_run(config: Config, splits: Splits, steps: Steps) -> dict[str, Any]
     }
 
 
-def finish(folder: Path, loggers: list[Logger], retrievals: list[Retrieved]) -> None:
-    results = read_results(folder)
-    results = {column: results[column] for column in ("base", "best", "last") if column in results} | {
-        "meta": results["meta"] | {"finished": True}
-    }
+def finish(folder: Path) -> dict[str, Any]:
+    """Marks the run as finished and shows its table; returns the results."""
+    found = read_results(folder)
+    results = {column: found[column] for column in ("base", "best", "last") if column in found}
+    results["meta"] = found["meta"] | {"finished": True}
     write_results(folder, results)
-    for logger in loggers:
-        log_end(logger, results, retrievals)
     print_results(results, sys.stdout)
     print(f"Results {folder}/results.json, weights {folder}/checkpoints/best.ckpt. Next: clipft export run={folder}")
+    return results
 
 
 def num_workers(asked: int | None, ranks: Ranks) -> int:
@@ -370,3 +418,4 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     warnings.filterwarnings("ignore", module="lightning_fabric")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # 1x1 convolutions

@@ -1,9 +1,13 @@
 """Which folder a run lives in, and whether it begins, goes on or is finished. Nothing heavy is imported here."""
 
+import fcntl
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +78,8 @@ def _enter(path: Path, config: Config) -> RunDir:
         )
     if not changed and is_finished(path):
         return RunDir(path, "finished")
+    if changed:
+        forget_results(path, [key for key, _, _ in changed])
     has_state = (path / "checkpoints" / "last.ckpt").exists()
     save_config(file, replace(config, name=path.name))
     return RunDir(path, "resumed" if has_state else "new")
@@ -85,8 +91,31 @@ def _begin(path: Path, config: Config) -> RunDir:
     return RunDir(path, "new")
 
 
+def forget_results(path: Path, changed: list[str]) -> None:
+    """Drops what the changed keys make untrue: the end, and the base where it would be measured otherwise."""
+    results = read_results(path)
+    other_base = any(key.startswith(("model.", "data.", "eval.")) for key in changed)
+    for column in ["best", "last", "meta", *(["base"] if other_base else [])]:
+        results.pop(column, None)
+    if results or (path / "results.json").exists():
+        write_results(path, results)
+
+
 def is_finished(path: Path) -> bool:
     return bool(read_results(path).get("meta", {}).get("finished"))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the run's folder: two jobs in one would overwrite each other."""
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{path} is being trained by another process. Wait for its end, or use another name=."
+            ) from error
+        yield
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -97,6 +126,12 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def log(folder: Path, text: str) -> None:
+    """Adds the text to the run's log.txt, with the time."""
+    with (folder / "log.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -40,8 +40,8 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def make_data(folder: Path, num_train: int = 40, num_other: int = 12) -> Path:
-    """Packed shards of two-coloured squares: train, val, test, with classes."""
+def make_data(folder: Path, num_train: int = 40, num_other: int = 12, damaged: int = 0) -> Path:
+    """Packed shards of two-coloured squares: train (of which some are cut off), val, test, with classes."""
     source = folder / "source"
     (source / "images").mkdir(parents=True)
     draw, rows = np.random.default_rng(0), []
@@ -52,7 +52,8 @@ def make_data(folder: Path, num_train: int = 40, num_other: int = 12) -> Path:
         pixels = (pixels + draw.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
         raw = io.BytesIO()
         Image.fromarray(pixels).save(raw, "PNG")
-        (source / "images" / f"{i}.png").write_bytes(raw.getvalue())
+        whole = raw.getvalue()
+        (source / "images" / f"{i}.png").write_bytes(whole[: len(whole) // 2] if i < damaged else whole)
         captions = [f"{left} beside {right}", f"a {right} half right of a {left} one"]
         rows.append({"image": f"images/{i}.png", "captions": captions, "label": str(left), "split": split})
     (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -101,7 +102,7 @@ def outcome(path: Path) -> dict[str, Any]:
     for value in torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"].values():
         weights.update(value.numpy().tobytes())
     results = json.loads((path / "results.json").read_text())
-    results.get("meta", {}).pop("versions", None)
+    results["meta"] = results["meta"]["gallery"]  # the rest repeats the config
     with (path / "metrics.csv").open() as text:
         timeless = ("train/samples_per_s", "train/data_wait_frac")
         rows = [{k: v for k, v in row.items() if k not in timeless} for row in csv.DictReader(text)]

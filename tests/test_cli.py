@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from small import make_data
 
+from clipft import launch
 from clipft.cli import EXAMPLES, main
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +75,22 @@ def test_the_composed_config_can_be_shown(capsys):
     assert main(["train", "model=tiny", "data=toy", "optim.lr=0.5", "--cfg", "job"]) == 0
     text = capsys.readouterr().out
     assert "lr: 0.5" in text and "name: tiny" in text and "_target_" not in text
+
+
+def test_a_changed_config_is_shown_whole(capsys, monkeypatch):
+    make_data(Path("data"))  # data/packed
+    monkeypatch.setattr(launch, "launch", lambda *_: 0)
+    arguments = ["train", "model=tiny", "data=packed", "name=one", "train.batch_size=8"]
+    assert main(arguments) == 0
+    assert main([*arguments, "optim.lr=0.5"]) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr: 1e-05 -> 0.5" in message and "resume=force" in message and "resume=restart" in message
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_data_of_the_command_line_goes_before_that_of_an_experiment(path, capsys):
+    assert main(["train", f"experiment={path.stem}", "data=mydata", "--cfg", "job"]) == 0
+    assert "path: data/mydata" in capsys.readouterr().out
 
 
 @pytest.mark.process

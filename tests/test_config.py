@@ -1,14 +1,18 @@
 """Every YAML composes, and every option does something."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small import make_config, make_data, make_model, outcome, train_here
 
+from clipft import ranks, run
 from clipft.arguments import options_of
 from clipft.cli import main
-from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig, parse_every
+from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig, TrainerConfig, parse_every
+from clipft.data.split import load_splits
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ("model", "data", "experiment")
@@ -109,7 +113,22 @@ REFUSED = [
 ELSEWHERE = {
     "name": "test_a_run_without_name_is_called_after_model_and_data_and_numbered",
     "runs_dir": "test_a_run_without_name_is_called_after_model_and_data_and_numbered",
+    "resume": "test_restart_moves_the_old_run_away_first",
+    "model.name": "test_a_base_run_is_measured_again_on_its_own_data",
+    "model.pretrained": "test_every_curated_model_has_an_existing_name_and_tag",
+    "model.checkpoint": "test_a_run_directory_gives_back_weights_activation_and_preprocessing",
+    "data.path": "test_a_run_leaves_what_it_promises",
+    "data.val_frac": "test_the_share_that_is_held_out_is_the_one_asked_for",
+    "data.workers": "test_loader_processes_are_as_many_as_asked_for",
+    "data.max_pixels": "test_limits_on_samples_reach_the_run",
+    "data.max_bad_frac": "test_limits_on_samples_reach_the_run",
+    "loss.name": "test_info_nce_of_distinct_pairs_is_open_clips_loss",
+    "train.micro_batch": "test_two_ranks_with_micro_batches_train_the_model_of_one",
+    "train.epochs": "test_epochs_count_the_steps",
+    "eval.batch_size": "test_memory_settings_leave_the_result",
     "trainer.accelerator": "test_an_accelerator_that_is_not_there_is_refused",
+    "trainer.devices": "test_a_run_on_two_devices_outlives_neither_its_supervisor_nor_its_result",
+    "trainer.dist_timeout_s": "test_ranks_wait_for_each_other_as_long_as_the_config_says",
 }
 
 
@@ -119,8 +138,8 @@ def key_of(override: str) -> str:
 
 def test_every_option_is_in_one_of_the_tables():
     keys = {option.key for option in options_of(Config)}
-    covered = {key_of(each) for each in CHANGES + REFUSED} | set(ELSEWHERE)
-    assert keys == covered
+    assert keys == {key_of(each) for each in CHANGES} | set(ELSEWHERE)
+    assert {key_of(each) for each in REFUSED} <= keys
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     assert all(f"def {name}" in tests for name in ELSEWHERE.values())
 
@@ -144,6 +163,53 @@ def test_an_option_changes_the_result(root, plain, override):
     name = f"name={key_of(override)}"
     code, path = train_here(make_config(root, override.format(data=root / "data" / "packed"), name))
     assert code == 0 and outcome(path) != plain
+
+
+@pytest.mark.process
+def test_limits_on_samples_reach_the_run(root):
+    """Pictures are 24 x 20 pixels; a limit below that drops every one."""
+    with pytest.raises(ValueError, match="none of its 12 images could be decoded"):
+        train_here(make_config(root, "name=pixels", "data.max_pixels=400"))
+    data = make_data(root / "spoiled", damaged=4)
+    few = make_config(
+        root, f"data.path={data}", "name=spoiled", "train.max_steps=30", "eval.every=30", "eval.base=false"
+    )
+    with pytest.raises(ValueError, match=r"more than data\.max_bad_frac=0\.05"):
+        train_here(few)
+    many = replace(few, name="allowed", data=replace(few.data, max_bad_frac=0.2))
+    assert train_here(many)[0] == 0
+
+
+@pytest.mark.process
+def test_loader_processes_are_as_many_as_asked_for(root, monkeypatch):
+    asked = []
+    build = run.train_loader
+
+    def watched(samples, **options):
+        asked.append(options["workers"])
+        return build(samples, **options)
+
+    monkeypatch.setattr(run, "train_loader", watched)
+    for number in (0, 1):
+        train_here(make_config(root, f"data.workers={number}", "train.max_steps=1", f"name=workers-{number}"))
+    assert asked == [0, 1]
+
+
+def test_ranks_wait_for_each_other_as_long_as_the_config_says(monkeypatch):
+    seen = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, timeout: seen.update(timeout=timeout))
+    with ranks.joined(TrainerConfig(accelerator="cpu", dist_timeout_s=17)):
+        assert seen["timeout"].total_seconds() == 17
+
+
+def test_the_share_that_is_held_out_is_the_one_asked_for(packed):
+    for frac, held_out in ((None, 2), (0.25, 10)):
+        splits = load_splits(DataConfig(train=str(packed / "train-*.tar"), val_frac=frac))
+        assert splits.val is not None and splits.train is not None
+        assert (len(splits.val), len(splits.train)) == (held_out, 40 - held_out)
+    with pytest.raises(ValueError, match=r"data\.val_frac=0\.1 would be ignored"):
+        load_splits(DataConfig(path=str(packed), val_frac=0.1))
 
 
 @pytest.mark.process

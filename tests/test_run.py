@@ -3,6 +3,9 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +15,12 @@ import torch
 from ranks import on_ranks
 from small import make_config, make_data, make_model, outcome, train_here
 
+from clipft import run
 from clipft.config import Config
 from clipft.learn.after_step import AfterStep
+from clipft.learn.checkpoint import saved_step
 from clipft.learn.metrics_file import read_rows
-from clipft.rundir import read_results
+from clipft.rundir import locked, read_results
 
 pytestmark = pytest.mark.process
 
@@ -96,7 +101,6 @@ def test_a_stop_signal_saves_the_step_and_the_same_command_goes_on(root, number,
 def on_rank(config: Config) -> int:
     os.environ.update(RANK=str(torch.distributed.get_rank()), WORLD_SIZE=str(torch.distributed.get_world_size()))
     os.environ.update(LOCAL_RANK=os.environ["RANK"], LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
-    from clipft import run
     from clipft.ranks import Ranks
 
     ranks = Ranks(torch.device("cpu"), int(os.environ["RANK"]), 2, 2, "32-true")
@@ -132,3 +136,75 @@ def test_a_base_run_is_measured_again_on_its_own_data(root):
         read_results(base)["best"]["squares/text_to_image_recall@5"]
     )
     assert "others/text_to_image_recall@5" in results["best"]
+
+
+def command(config: Config, *overrides: str) -> list[str]:
+    """The command line of the config's run, as its user would type it."""
+    arguments = [f"model={config.model.name}", f"data.path={config.data.path}", f"runs_dir={config.runs_dir}"]
+    arguments += [f"name={config.name}", "train.batch_size=8", "eval.every=1000", "checkpoint.every=5", *overrides]
+    return [sys.executable, str(Path(__file__).parent.parent / "train.py"), *arguments]
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_free(path: Path) -> bool:
+    try:
+        with locked(path):
+            return True
+    except ValueError:
+        return False
+
+
+def test_a_run_on_two_devices_outlives_neither_its_supervisor_nor_its_result(root, tmp_path):
+    config = make_config(root, "name=orphan")
+    path = Path(config.runs_dir) / "orphan"
+    words = command(config, "trainer.devices=2", "train.max_steps=400")
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as supervisor:
+        wait_for(lambda: len(read_rows(path / "metrics.csv")) >= 7)
+        supervisor.kill()
+    wait_for(lambda: is_free(path))  # its ranks have saved and gone
+    step = len(read_rows(path / "metrics.csv"))
+    assert 7 <= step < 400 and saved_step(path / "checkpoints" / "last.ckpt") >= 5
+    assert subprocess.run(words, cwd=tmp_path, capture_output=True).returncode == 0
+    assert [row["step"] for row in read_rows(path / "metrics.csv")] == [str(n) for n in range(1, 401)]
+    assert read_results(path)["meta"]["finished"]
+
+
+def test_a_stop_signal_to_the_command_stops_both_ranks_at_one_step(root, tmp_path):
+    config = make_config(root, "name=terminated")
+    path = Path(config.runs_dir) / "terminated"
+    words = command(config, "trainer.devices=2", "train.max_steps=4000", "checkpoint.every=100000")
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as supervisor:
+        wait_for(lambda: len(read_rows(path / "metrics.csv")) >= 3)
+        supervisor.terminate()
+    assert supervisor.returncode == 143
+    assert saved_step(path / "checkpoints" / "last.ckpt") == len(read_rows(path / "metrics.csv"))
+    assert "Stopped at step" in (path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_rows_that_are_read_a_step_late_are_all_on_disk_when_a_state_is_saved(root, monkeypatch, lag):
+    """On a GPU the host reads a step's numbers one step later; here the CPU is made to do so."""
+    monkeypatch.setattr(run, "host_lag", lambda ranks: lag)
+    name = f"lag-{lag}"
+    config = make_config(root, f"name={name}", "train.max_steps=7", "checkpoint.every=3", "eval.every=5")
+    assert in_child(lambda: train_and_die(config, 3, signal.SIGTERM)) == 143
+    path = Path(config.runs_dir) / name
+    assert len(read_rows(path / "metrics.csv")) == saved_step(path / "checkpoints" / "last.ckpt") >= 4
+    assert in_child(lambda: train_here(config)[0]) == 0
+    assert [row["step"] for row in read_rows(path / "metrics.csv")] == [str(n) for n in range(1, 8)]
+
+
+def test_other_data_under_a_run_that_goes_on_are_refused(root):
+    data = make_data(root / "first", num_train=40)
+    config = make_config(root, "name=moved", f"data.path={data}")
+    assert in_child(lambda: train_and_die(config, 3, signal.SIGTERM)) == 143
+    data.rename(data.with_name("before"))
+    make_data(root / "second", num_train=48).rename(data)
+    with pytest.raises(ValueError, match="the shards of train are not those"):
+        train_here(config)

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from clipft.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
-from clipft.rundir import load_config, settle, write_results
+from clipft.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from clipft.rundir import load_config, locked, read_results, settle, write_results
 
 
 @pytest.fixture
@@ -46,10 +46,22 @@ def test_a_changed_config_under_the_same_name_is_shown_and_refused(config):
 
 def test_force_goes_on_under_the_changed_config(config):
     path = settle(config).path
-    finish(path)
+    write_results(path, {"base": {"x": 1}, "best": {"x": 2}, "last": {"x": 2}, "meta": {"finished": True}})
     changed = replace(config, train=TrainConfig(epochs=20), resume="force")
     assert settle(changed).state == "new"
     assert load_config(path / "config.yaml", Config).train.epochs == 20
+    assert settle(changed).state == "new"  # killed and started again, it is not taken for finished
+    assert read_results(path) == {"base": {"x": 1}}
+    settle(replace(changed, eval=EvalConfig(relevance="pair")))
+    assert read_results(path) == {}  # the base has to be measured in the new way
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(config):
+    path = settle(config).path
+    with locked(path), pytest.raises(ValueError, match="being trained by another process"), locked(path):
+        pass
+    with locked(path):
+        pass
 
 
 def test_restart_moves_the_old_run_away_first(config):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipft.config import PackConfig
-from clipft.data.caption import CAPTION_COLUMNS, captions_in, parse_json
+from clipft.data.caption import CAPTION_COLUMNS, caption_list, captions_in, parse_json
 from clipft.data.decode import image_extension
 from clipft.data.index import write_index
 from clipft.data.sample import BadSample
@@ -242,7 +242,8 @@ def class_order(labels: set[str]) -> list[str]:
 
 def text_members(row: dict[str, Any], captions: list[str]) -> dict[str, bytes]:
     """json with the captions and all other columns; txt with a caption per line."""
-    rest = {column: value for column, value in row.items() if column not in CAPTION_COLUMNS}
+    used = next((column for column in CAPTION_COLUMNS if caption_list(row.get(column))), "captions")
+    rest = {column: value for column, value in row.items() if column not in (used, "captions")}
     if captions:
         rest = {"captions": captions, **rest}
     try:

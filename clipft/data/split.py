@@ -19,6 +19,7 @@ from clipft.data.index import Samples, index_shards
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 SPLIT_OF = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
 MANIFEST = "shards.json"
+VAL_FRAC = 0.05
 CLASSNAMES = "classnames.txt"  # both files as CLIP_benchmark lays them out
 TEMPLATES = "zeroshot_classification_templates.txt"
 HOW = (
@@ -251,11 +252,16 @@ def load_splits(config: DataConfig) -> Splits:
         for reason, count in part.dropped.items()
     ]
     train, val = samples["train"], samples["val"]
+    if val is not None and config.val_frac is not None:
+        raise ValueError(
+            f"data.val_frac={config.val_frac} would be ignored: {found.name} has a val split. Leave it out."
+        )
     if train is not None and val is None:
-        train, val = hold_out(train, config.val_frac)
+        val_frac = VAL_FRAC if config.val_frac is None else config.val_frac
+        train, val = hold_out(train, val_frac)
         notes.append(
             f"no val given: {len(val)} of {len(train) + len(val)} training samples held out by a hash of "
-            f"their keys (data.val_frac={config.val_frac}), {len(train)} left to train on"
+            f"their keys (data.val_frac={val_frac}), {len(train)} left to train on"
         )
     templates = read_lines(found.folder / TEMPLATES) or []
     classnames = read_lines(found.folder / CLASSNAMES)

@@ -76,10 +76,7 @@ class Evaluation:
 
 def evaluate(
     clip: Clip,
-    name: str,
-    samples: Samples,
-    classnames: list[str] | None,
-    templates: list[str],
+    task: Task,
     *,
     relevance: str,
     batch_size: int,
@@ -90,7 +87,6 @@ def evaluate(
     autocast: Autocast = nullcontext,
 ) -> Evaluation:
     """Retrieval metrics where samples have captions, zero-shot metrics where they have labels with names."""
-    task = build_task(name, samples, classnames, templates, clip.tokenize)
     embedded = embed(
         clip,
         task,

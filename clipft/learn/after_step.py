@@ -59,10 +59,12 @@ class AfterStep(pl.Callback):
         select: str,
         keep: int,
         max_bad_frac: float,
+        lag: int,
     ):
+        """`lag`: steps after which sums are read; 1 on a GPU, where they are there by then without waiting."""
         self.folder, self.journal, self.save, self.evaluate = folder, journal, save, evaluate
         self.validate, self.validate_first, self.select = validate, validate_first, select
-        self.keep, self.max_bad_frac = keep, max_bad_frac
+        self.keep, self.max_bad_frac, self.lag = keep, max_bad_frac, lag
         self.stop = StopRequest()
         self.best_step, self.best_value = 0, -math.inf
         self.num_seen, self.num_dropped = 0, 0
@@ -72,13 +74,15 @@ class AfterStep(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "best": [self.best_step, self.best_value],
+            "best": [self.select, self.best_step, self.best_value],
             "num_seen": self.num_seen,
             "num_dropped": self.num_dropped,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_step, self.best_value = state_dict["best"]
+        select, best_step, best_value = state_dict["best"]
+        if select == self.select:  # else the old best was the best of something else
+            self.best_step, self.best_value = best_step, best_value
         self.num_seen, self.num_dropped = state_dict["num_seen"], state_dict["num_dropped"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,14 +109,14 @@ class AfterStep(pl.Callback):
         record, now = pl_module.record, time.perf_counter()
         last = record.step == pl_module.plan.num_steps
         self.waiting.append(Sums(record, self._sum(record, batch), self.start - self.end, now - self.end))
-        # On a GPU a step's sums are read after the next step, when they are there without waiting for them.
-        due = self._read(leave=1 if record.norm.is_cuda and not last else 0)
-        improved = False
-        if due.evaluate or self.evaluate.due_by_step(record.step) or last:
+        due = self._read(leave=self.lag)
+        evaluate = due.evaluate or self.evaluate.due_by_step(record.step) or last
+        save = due.save or due.stop > 0 or self.save.due_by_step(record.step) or last
+        if evaluate or save:  # a saved state has all its rows on disk
             self._read(leave=0)
-            improved = self._validate(pl_module, record.step)
+        improved = evaluate and self._validate(pl_module, record.step)
         self.journal.write()
-        if improved or due.save or due.stop or last or self.save.due_by_step(record.step):
+        if save or improved:
             self._save(trainer, record.step)
         if due.stop and not last:
             self.stop.agreed = due.stop
@@ -178,7 +182,7 @@ class AfterStep(pl.Callback):
         path = step_path(self.folder, step)
         trainer.save_checkpoint(path)
         if rank() == 0:
-            if self.best_step == step:
+            if self.best_step == step or not (self.folder / "best.ckpt").exists():
                 point(self.folder, "best", path)
             point(self.folder, "last", path)
             forget_old(self.folder, self.keep)

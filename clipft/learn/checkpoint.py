@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def point(folder: Path, name: str, target: Path) -> None:
     try:
         os.link(target, temporary)
     except OSError:  # file systems without hard links
-        temporary.write_bytes(target.read_bytes())
+        shutil.copyfile(target, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
     os.replace(temporary, folder / f"{name}.ckpt")
 
 

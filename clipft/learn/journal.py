@@ -3,10 +3,11 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pytorch_lightning.loggers import Logger
 
+from clipft.learn.loggers import each_guarded
 from clipft.learn.metrics_file import MetricsFile
 from clipft.learn.module import StepRecord
 
@@ -20,13 +21,14 @@ class Journal:
         self,
         file: MetricsFile | None,
         loggers: Sequence[Logger],
+        log: Callable[[str], None],
         *,
         batch_size: int,
         num_steps: int,
         first_step: int,
     ):
-        """`file` None makes a silent journal, for ranks other than 0."""
-        self.file, self.loggers = file, loggers
+        """`file` None makes a silent journal, for ranks other than 0; `log` adds a line to the run's log."""
+        self.file, self.loggers, self.log = file, loggers, log
         self.batch_size, self.num_steps, self.first_step = batch_size, num_steps, first_step
         self.rows: dict[int, dict[str, float]] = {}
         self.began = self.shown = self.logged = time.monotonic()
@@ -79,11 +81,11 @@ class Journal:
 
     def print(self, text: str) -> None:
         if self.file is not None:
+            self.log(text)
             print(("\r\x1b[K" if self.draws else "") + text, file=sys.stderr, flush=True)
 
     def _log(self, step: int, row: dict[str, float]) -> None:
-        for logger in self.loggers:
-            logger.log_metrics(row, step)
+        self.loggers = each_guarded(self.loggers, lambda logger: logger.log_metrics(row, step))
 
     def _show(self, step: int, row: dict[str, float], now: float) -> None:
         speed = (step - self.since) * self.batch_size / self.total_s if self.total_s else 0.0
@@ -93,6 +95,8 @@ class Journal:
             f"scale {row['train/scale']:.1f}  lr {row['train/lr']:.2e}  {speed:.0f} samples/s  "
             f"data wait {100 * self.wait_s / max(self.total_s, 1e-9):.0f}%  eta {clock(left_s)}"
         ) + (f"  dropped {self.num_dropped}" if self.num_dropped else "")
+        if not self.draws or step == self.num_steps:
+            self.log(line)
         if self.draws:
             print(f"\r\x1b[K{line}", end="" if step < self.num_steps else "\n", file=sys.stderr, flush=True)
         else:

@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from clipft.config import Config
 
 WAIT_S = 10.0  # for a server that does not answer
+FINISH_S = 120.0  # for the rest of an upload at the end
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -31,6 +32,18 @@ class Retrieved:
     """The images that score highest, the first one first."""
     rank: int
     """How many images score above the own one, plus one."""
+
+
+def each_guarded(loggers: Sequence[Logger], action: Callable[[Logger], None]) -> list[Logger]:
+    """Does it with every logger; one that fails is named once and left out of the list that comes back."""
+    working = []
+    for logger in loggers:
+        try:
+            action(logger)
+            working.append(logger)
+        except Exception as error:  # whatever a tracker raises is no reason to end a run
+            print(f"warning: {type(logger).__name__} is left out from here on ({error!r}).", file=sys.stderr)
+    return working
 
 
 def build_loggers(config: Config, folder: Path) -> list[Logger]:
@@ -74,7 +87,7 @@ def open_wandb(config: Config, folder: Path, mode: str) -> Logger:
         dir=folder,
         mode=mode,  # pyright: ignore[reportArgumentType]
         config=readable(config),
-        settings=wandb.Settings(init_timeout=WAIT_S, silent=True),
+        settings=wandb.Settings(init_timeout=WAIT_S, finish_timeout=FINISH_S, silent=True),
     )
     return WandbLogger(experiment=run)
 

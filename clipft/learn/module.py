@@ -25,6 +25,7 @@ class Plan:
     """What the steps of a run have in common."""
 
     num_steps: int
+    warmup_steps: int
     batch_size: int
     micro_batch: int
     lr: float
@@ -42,13 +43,17 @@ class StepRecord:
     norm: Tensor
 
 
+def freeze_unused(model: nn.Module) -> None:
+    """Freezes what the loss does not see: DDP waits for the gradient of every parameter that wants one."""
+    if getattr(model, "logit_bias", None) is not None:
+        model.logit_bias.requires_grad_(False)
+
+
 class ContrastiveModule(pl.LightningModule):
     def __init__(self, model: nn.Module, encode: Encode, optim: OptimConfig, plan: Plan):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.encode, self.optim, self.plan = model, encode, optim, plan
-        if getattr(model, "logit_bias", None) is not None:
-            model.logit_bias.requires_grad_(False)  # softmax does not see it, and DDP waits for what has no gradient
         self.step = 0  # completed steps; Lightning's global_step counts optimizer.step(), not what the data are at
         self.record: StepRecord | None = None
 
@@ -97,8 +102,7 @@ class ContrastiveModule(pl.LightningModule):
 
     def _set_lr(self, optimizer) -> float:
         plan = self.plan
-        warmup = round(self.optim.warmup_frac * plan.num_steps)
-        lr = lr_at(self.step, plan.num_steps, plan.lr, warmup, self.optim.schedule)
+        lr = lr_at(self.step, plan.num_steps, plan.lr, plan.warmup_steps, self.optim.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         return lr

@@ -40,7 +40,8 @@ def encode_text(model: OpenClip, tokens: Int64[Tensor, "b L"], trim: bool) -> Fl
     """Text features; tokens that were cut before, on the host and so without a device sync, are welcome."""
     if trim:
         tokens = trim_tokens(model, tokens)
-    if tokens.shape[1] == model.context_length:
+    causal = getattr(text_tower(model), "attn_mask", None) is not None
+    if not causal or tokens.shape[1] == model.context_length:
         return unit(model.encode_text(tokens))
     return unit(encode_short(model, tokens))
 

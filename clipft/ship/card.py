@@ -94,7 +94,7 @@ def check_lines(exported: dict[str, float], plain: dict[str, float], reloaded: R
         lines.append(f"- {count} files (such as {example}): {cause}.")
     gaps = {metric: value - exported[metric] for metric, value in plain.items() if metric in exported}
     far = {metric: gap for metric, gap in gaps.items() if "recall" in metric and abs(gap) > MAX_GAP}
-    why = "the files named above" if reloaded.causes else "changed ranks among near-equal scores"
+    why = "the files named above" if reloaded.causes else "no single file explains it"
     lines += [
         f"- {metric} differs by {100 * gap:+.1f} points with plain open_clip: {why}." for metric, gap in far.items()
     ]

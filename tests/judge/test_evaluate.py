@@ -94,11 +94,11 @@ def measured(samples: Samples, model: Towers | None = None, **changes):
         "workers": 0,
         "max_pixels": 10_000,
         "trim": False,
-        "classnames": CLASSES,
-        "templates": TEMPLATES,
         **changes,
     }
-    return evaluate(stand_in(model or towers()), "toys", samples, **options)
+    classnames, templates = options.pop("classnames", CLASSES), options.pop("templates", TEMPLATES)
+    task = build_task("toys", samples, classnames, templates, tokenize)
+    return evaluate(stand_in(model or towers()), task, **options)
 
 
 @torch.no_grad()

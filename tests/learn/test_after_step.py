@@ -1,3 +1,4 @@
+import os
 import signal
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def record(step: int) -> StepRecord:
 
 
 def journal(path: Path) -> Journal:
-    return Journal(MetricsFile(path, 0), [], batch_size=100, num_steps=10, first_step=0)
+    return Journal(MetricsFile(path, 0), [], lambda text: None, batch_size=100, num_steps=10, first_step=0)
 
 
 def after_step(tmp_path: Path, max_bad_frac: float) -> AfterStep:
@@ -36,6 +37,7 @@ def after_step(tmp_path: Path, max_bad_frac: float) -> AfterStep:
         select="mean_recall@1",
         keep=2,
         max_bad_frac=max_bad_frac,
+        lag=0,
     )
 
 
@@ -67,7 +69,7 @@ def test_the_journal_writes_a_row_per_step_and_shows_the_loss_beside_chance(tmp_
 
 
 def test_ranks_other_than_the_first_write_nothing(tmp_path, capsys):
-    book = Journal(None, [], batch_size=100, num_steps=10, first_step=0)
+    book = Journal(None, [], lambda text: None, batch_size=100, num_steps=10, first_step=0)
     book.step(record(10), loss=4.0, shared=0, dropped=0, wait_s=0.1, total_s=0.5)
     book.write()
     book.print("hello")
@@ -92,15 +94,17 @@ def test_timers_count_steps_or_seconds():
     assert not seconds.due_by_clock()
 
 
-def test_a_stop_signal_is_remembered_and_a_second_interrupt_is_not():
+def test_a_stop_signal_is_remembered_and_a_second_interrupt_ends_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     before = signal.getsignal(signal.SIGINT)
     stop = StopRequest()
     stop.install()
     try:
         signal.raise_signal(signal.SIGINT)
-        assert stop.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        assert stop.received == signal.SIGINT and codes == []
+        signal.raise_signal(signal.SIGINT)
+        assert codes == [130]
     finally:
         stop.uninstall()
     assert signal.getsignal(signal.SIGINT) == before
