@@ -2,13 +2,11 @@
 
 import json
 import logging
-import platform
 import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,10 @@ from torch import Tensor
 from clipft import __version__
 from clipft.config import Config, EvaluateConfig, Every, ExportConfig, ModelConfig, parse_every
 from clipft.data.augment import Augment, build_augment
-from clipft.data.index import Samples
 from clipft.data.loader import Batch, train_loader
 from clipft.data.sample import image_of
 from clipft.data.split import Splits, load_splits
-from clipft.judge.evaluate import Evaluation, Task, build_task, judge
-from clipft.judge.evaluate import evaluate as evaluate_task
+from clipft.judge.evaluate import build_task, judge
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
 from clipft.learn.after_step import AfterStep, Validate
@@ -38,44 +34,27 @@ from clipft.learn.loggers import build_loggers, each_guarded, log_end
 from clipft.learn.metrics_file import MetricsFile
 from clipft.learn.module import ContrastiveModule, Plan, freeze_unused
 from clipft.learn.stop import Timer
+from clipft.measure import (
+    Measure,
+    check_same_data,
+    describe_run,
+    finish,
+    record,
+    report_tasks,
+    reported,
+    validation,
+)
 from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
 from clipft.model.load import RUN_CONFIG, Clip, description, load_model
 from clipft.model.weights import load_exactly, read_checkpoint
-from clipft.plan import Steps, count_steps, other_data, plan_lines
+from clipft.plan import Steps, count_steps, plan_lines
 from clipft.ranks import Ranks
 from clipft.rundir import load_config, log, read_results, write_results, write_text
 from clipft.ship.card import card_text
 from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, export_folder
 
-PACKAGES = ("torch", "pytorch-lightning", "open_clip_torch", "timm", "webdataset")
 MOST_WORKERS = 8
 MOST_EXPORT_CHECKS = 2000  # images that plain open_clip encodes again
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How features are made for a measurement, the same for every data set and every set of weights of a run."""
-
-    clip: Clip
-    ranks: Ranks
-    trim: bool
-    relevance: str
-    batch_size: int
-    workers: int
-    max_pixels: int
-
-    def __call__(self, task: Task) -> Evaluation:
-        return evaluate_task(
-            self.clip,
-            task,
-            relevance=self.relevance,
-            batch_size=self.batch_size,
-            device=self.ranks.device,
-            workers=self.workers,
-            max_pixels=self.max_pixels,
-            trim=self.trim,
-            autocast=self.ranks.autocast,
-        )
 
 
 def train(config: Config, folder: Path, ranks: Ranks) -> int:
@@ -90,7 +69,7 @@ def train(config: Config, folder: Path, ranks: Ranks) -> int:
     workers = num_workers(config.data.workers, ranks)
     measure = Measure(clip, ranks, trim, config.eval.relevance, config.eval.batch_size, workers, config.data.max_pixels)
     job = Job(config, folder, splits, steps, measure, build_augment(config.data, clip.preprocess_cfg))
-    validate = validation(job)
+    validate = validation(splits, measure, config.eval.select)
     tasks = report_tasks(config, splits, clip)
     done = saved_step(folder / "checkpoints" / "last.ckpt")
     meta = describe_run(config, splits, steps, clip)
@@ -234,61 +213,9 @@ def tokenizer(clip: Clip, trim: bool):
     return tokenize
 
 
-def validation(job: Job) -> Validate:
-    """A function that measures the val split with the present weights; metrics without the data's name."""
-    splits, measure, select = job.splits, job.measure, job.config.eval.select
-    assert splits.val is not None
-    task = build_task("val", splits.val, splits.classnames, splits.templates, measure.clip.tokenize)
-    measurable = len(task.caption_of) if "recall" in select else task.label.ge(0).sum()
-    if not measurable:
-        lacks = "captions" if "recall" in select else "labels with class names"
-        raise ValueError(f"eval.select={select!r} cannot be measured: the val split has no {lacks}.")
-
-    def validate() -> dict[str, float]:
-        return {name.removeprefix("val/"): value for name, value in measure(task).metrics.items()}
-
-    return validate
-
-
 def host_lag(ranks: Ranks) -> int:
     """Steps after which the host reads a step's numbers: on a GPU they are there by then without waiting."""
     return 1 if ranks.device.type == "cuda" else 0
-
-
-def check_same_data(config: Config, folder: Path, meta: dict[str, Any], done: int) -> None:
-    """Raises when a run would go on with other samples than it began with."""
-    before = read_results(folder).get("meta", {}).get("fingerprint")
-    if done and before and before != meta["fingerprint"] and config.resume != "force":
-        changed = [split for split, value in meta["fingerprint"].items() if before.get(split) != value]
-        raise ValueError(
-            f"{config.data.name}: the shards of {', '.join(changed)} are not those that {folder} began with. Put them "
-            "back, or use resume=force to go on with these, resume=restart to begin again, or another name=."
-        )
-
-
-def report_tasks(config: Config, splits: Splits, clip: Clip) -> list[tuple[str, Task]]:
-    """What the before/after table is made on, with the split: the data, eval.also, what the base was trained on."""
-    tasks: dict[str, tuple[str, Task]] = {}
-    for each in [splits, *(load_splits(data) for data in other_data(config)[0])]:
-        split, samples = reported(each)
-        if each.name not in tasks:
-            task = build_task(each.name, samples, each.classnames, each.templates, clip.tokenize)
-            tasks[each.name] = split, task
-        elif tasks[each.name][1].samples.fingerprint != samples.fingerprint:
-            raise ValueError(
-                f"Two data sets are called {each.name!r}. Give this run's another name with data.name=NAME."
-            )
-    return list(tasks.values())
-
-
-def reported(splits: Splits, split: str | None = None) -> tuple[str, Samples]:
-    """The split that tables are made on, with its name: test where there is one, else val, else train."""
-    found = {"test": splits.test, "val": splits.val, "train": splits.train}
-    for name in [split] if split else list(found):
-        samples = found[name]
-        if samples is not None:
-            return name, samples
-    raise ValueError(f"split={split!r}: {splits.name} has none. It has: {[k for k, v in found.items() if v]}.")
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
@@ -363,48 +290,6 @@ def export(config: ExportConfig) -> int:
     for cause, count in Counter(checked.causes.values()).items():
         print(f"  {count} files: {cause}")
     return 0
-
-
-def record(
-    folder: Path, ranks: Ranks, column: str, evaluations: list[tuple[str, Evaluation]], meta: dict[str, Any]
-) -> None:
-    """Adds a column to results.json."""
-    if not ranks.first:
-        return
-    metrics = {name: value for _, evaluation in evaluations for name, value in evaluation.metrics.items()}
-    gallery = {each.name: {"split": split, **each.gallery} for split, each in evaluations}
-    write_results(folder, read_results(folder) | {column: metrics, "meta": meta | {"gallery": gallery}})
-
-
-def describe_run(config: Config, splits: Splits, steps: Steps, clip: Clip) -> dict[str, Any]:
-    """What one has to know to read the numbers of results.json."""
-    split, _ = reported(splits)
-    return {
-        "base_model": {"name": clip.name, "pretrained": clip.pretrained},
-        "split": split,
-        "relevance": config.eval.relevance,
-        "selected_by": f"val {config.eval.select}",
-        "seed": config.train.seed,
-        "steps": steps.total,
-        "samples": {name: len(part) for name in ("train", "val", "test") if (part := getattr(splits, name))},
-        "fingerprint": {name: part.fingerprint for name in ("train", "val", "test") if (part := getattr(splits, name))},
-        "versions": {
-            "clipft": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
-    }
-
-
-def finish(folder: Path) -> dict[str, Any]:
-    """Marks the run as finished and shows its table; returns the results."""
-    found = read_results(folder)
-    results = {column: found[column] for column in ("base", "best", "last") if column in found}
-    results["meta"] = found["meta"] | {"finished": True}
-    write_results(folder, results)
-    print_results(results, sys.stdout)
-    print(f"Results {folder}/results.json, weights {folder}/checkpoints/best.ckpt. Next: clipft export run={folder}")
-    return results
 
 
 def num_workers(asked: int | None, ranks: Ranks) -> int:

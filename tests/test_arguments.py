@@ -33,7 +33,7 @@ def test_train_alone_is_the_toy_experiment_and_keeps_its_overrides():
         ("model=vit-b-32", "Did you mean ViT-B-32"),
         ("experiment=toi", "Did you mean toy?"),
         ("data=toi", "Did you mean data=toy?"),
-        ("train.seed", "options are written key=value"),
+        ("train.seed", "options are written train.seed=VALUE"),
         ("qqq=1", "--help lists all options"),
     ],
 )

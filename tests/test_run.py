@@ -141,7 +141,7 @@ def test_a_base_run_is_measured_again_on_its_own_data(root):
 def command(config: Config, *overrides: str) -> list[str]:
     """The command line of the config's run, as its user would type it."""
     arguments = [f"model={config.model.name}", f"data.path={config.data.path}", f"runs_dir={config.runs_dir}"]
-    arguments += [f"name={config.name}", "train.batch_size=8", "eval.every=1000", "checkpoint.every=5", *overrides]
+    arguments += [f"name={config.name}", "train.batch_size=8", "eval.every=100000", *overrides]
     return [sys.executable, str(Path(__file__).parent.parent / "train.py"), *arguments]
 
 
@@ -163,7 +163,7 @@ def is_free(path: Path) -> bool:
 def test_a_run_on_two_devices_outlives_neither_its_supervisor_nor_its_result(root, tmp_path):
     config = make_config(root, "name=orphan")
     path = Path(config.runs_dir) / "orphan"
-    words = command(config, "trainer.devices=2", "train.max_steps=400")
+    words = command(config, "trainer.devices=2", "train.max_steps=400", "checkpoint.every=5")
     with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as supervisor:
         wait_for(lambda: len(read_rows(path / "metrics.csv")) >= 7)
         supervisor.kill()
@@ -206,5 +206,5 @@ def test_other_data_under_a_run_that_goes_on_are_refused(root):
     assert in_child(lambda: train_and_die(config, 3, signal.SIGTERM)) == 143
     data.rename(data.with_name("before"))
     make_data(root / "second", num_train=48).rename(data)
-    with pytest.raises(ValueError, match="the shards of train are not those"):
+    with pytest.raises(ValueError, match=r"the shards of train.* are not those"):
         train_here(config)

@@ -131,7 +131,7 @@ class Samples:
                 found[self.kinds[kind]] = read_exactly(fd, offset, length)
         return found
 
-    def take(self, indices: Int64[np.ndarray, "taken"]) -> "Samples":
+    def take(self, indices: Int64[np.ndarray, " taken"]) -> "Samples":
         """The samples at these positions, with a fingerprint of their own; what was dropped stays behind."""
         digest = hashlib.sha256(self.fingerprint.encode() + indices.astype("<i8").tobytes())
         return replace(self, rows=self.rows[indices], fingerprint=digest.hexdigest(), dropped={})
@@ -206,5 +206,5 @@ def join(paths: list[str], indexes: list[ShardIndex]) -> Samples:
     )
 
 
-def column(values: Iterable[int]) -> Int64[np.ndarray, "n"]:
+def column(values: Iterable[int]) -> Int64[np.ndarray, " n"]:
     return np.fromiter(values, np.int64)

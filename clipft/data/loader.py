@@ -36,8 +36,8 @@ class Batch:
 
     pixels: UInt8[Tensor, "b S S 3"]
     tokens: Int64[Tensor, "b L"]
-    valid: Bool[Tensor, "b"]
-    ids: Int64[Tensor, "b"]
+    valid: Bool[Tensor, " b"]
+    ids: Int64[Tensor, " b"]
     """Rows of equal ids are positives of each other; 0 or more where valid, negative and unique elsewhere."""
     keys: list[str]
     dropped: dict[str, int]
@@ -166,7 +166,7 @@ class EvalBatches(Dataset[tuple]):
     max_pixels: int
     batches: list[np.ndarray]
 
-    def __getitem__(self, n: int) -> tuple[Int64[np.ndarray, "b"], Float[Tensor, "b 3 S S"], Bool[Tensor, "b"]]:
+    def __getitem__(self, n: int) -> tuple[Int64[np.ndarray, " b"], Float[Tensor, "b 3 S S"], Bool[Tensor, " b"]]:
         indices = self.batches[n]
         images = [self.load(int(i)) for i in indices]
         blank = torch.zeros_like(self.preprocess(Image.new("RGB", (64, 64))))

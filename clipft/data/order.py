@@ -17,7 +17,7 @@ def rng_for(*key: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=1)
-def permutation(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, "N"]:
+def permutation(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, " N"]:
     """The order of all samples in this epoch.
 
     Sorted raw bits: numpy promises that those stay the same in later versions, and not that
@@ -39,7 +39,7 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size
 
 
-def batch_at(seed: int, step: int, num_samples: int, batch_size: int) -> tuple[int, Int64[np.ndarray, "B"]]:
+def batch_at(seed: int, step: int, num_samples: int, batch_size: int) -> tuple[int, Int64[np.ndarray, " B"]]:
     """Epoch and sample indices of global step `step`, counted from 0 over the whole run."""
     epoch, place = divmod(step, steps_per_epoch(num_samples, batch_size))
     order = permutation(seed, epoch, num_samples)

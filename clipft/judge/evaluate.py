@@ -35,17 +35,17 @@ class Task:
 
     name: str
     samples: Samples
-    images: Int64[np.ndarray, "N"]
+    images: Int64[np.ndarray, " N"]
     """Positions in `samples`, ascending."""
-    label: Int64[Tensor, "N"]
+    label: Int64[Tensor, " N"]
     """Class of each image; -1 where it has none or there are no class names."""
     texts: list[str]
     """Captions and prompts, each exact text once."""
     tokens: Int64[Tensor, "U L"]
-    group_of: Int64[Tensor, "U"]
+    group_of: Int64[Tensor, " U"]
     """Texts that are equal but for case and spaces have the same number."""
-    caption_of: Int64[Tensor, "M"]
-    image_of: Int64[Tensor, "M"]
+    caption_of: Int64[Tensor, " M"]
+    image_of: Int64[Tensor, " M"]
     prompt_of: Int64[Tensor, "C T"]
     """The text of each class in each template; C is 0 without class names."""
     dropped: dict[str, int]
@@ -58,7 +58,7 @@ class Embedded:
 
     image: Float[Tensor, "n D"]
     text: Float[Tensor, "U D"]
-    kept: Int64[Tensor, "n"]
+    kept: Int64[Tensor, " n"]
     """Rows of Task.images, ascending."""
     dropped: dict[str, int]
     """Reason -> images that could not be decoded."""
@@ -225,7 +225,7 @@ def embed(
     return Embedded(image=image, text=text, kept=kept, dropped=why_dropped(task, kept, max_pixels))
 
 
-def why_dropped(task: Task, kept: Int64[Tensor, "n"], max_pixels: int) -> dict[str, int]:
+def why_dropped(task: Task, kept: Int64[Tensor, " n"], max_pixels: int) -> dict[str, int]:
     """Reasons of the images that did not come back: these few are read again, the same ones on every rank."""
     reasons = Counter()
     for i in np.delete(task.images, kept.numpy()).tolist():
@@ -249,14 +249,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def deal(items: Int64[Tensor, "N"], batch_size: int) -> list[Tensor]:
+def deal(items: Int64[Tensor, " N"], batch_size: int) -> list[Tensor]:
     """This rank's batches of consecutive items: batch b goes to rank b % world."""
     return list(items.split(batch_size))[rank() :: world()] if len(items) else []
 
 
 def gather_in_order(
     features: Sequence[Tensor], places: Sequence[Tensor], device: torch.device
-) -> tuple[Float[Tensor, "N D"], Int64[Tensor, "N"]]:
+) -> tuple[Float[Tensor, "N D"], Int64[Tensor, " N"]]:
     """The features of all ranks by ascending place, and the places; a rank may have none."""
     width = gather_rows(torch.tensor([part.shape[1] for part in features[:1]], dtype=torch.long, device=device))
     nothing = torch.zeros(0, int(width.max()) if len(width) else 0, device=device)

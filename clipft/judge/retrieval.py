@@ -18,10 +18,10 @@ CHUNK_ROWS = 128  # queries scored at a time: 128 x 1M gallery items in fp32 are
 def retrieval_metrics(
     image: Float[Tensor, "N D"],
     text: Float[Tensor, "U D"],
-    caption_of: Int64[Tensor, "M"],
-    image_of: Int64[Tensor, "M"],
+    caption_of: Int64[Tensor, " M"],
+    image_of: Int64[Tensor, " M"],
     relevance: str,
-    group_of: Int64[Tensor, "U"] | None = None,
+    group_of: Int64[Tensor, " U"] | None = None,
     chunk_rows: int = CHUNK_ROWS,
 ) -> dict[str, float]:
     """R@1, 5, 10 (share of queries with any relevant item in the top k) and median rank, both ways.
@@ -72,7 +72,7 @@ def check_finite(name: str, features: Float[Tensor, "N D"]) -> None:
 
 
 def check_instances(
-    num_images: int, num_texts: int, caption_of: Int64[Tensor, "M"], image_of: Int64[Tensor, "M"]
+    num_images: int, num_texts: int, caption_of: Int64[Tensor, " M"], image_of: Int64[Tensor, " M"]
 ) -> None:
     if not len(caption_of):
         raise ValueError("Retrieval needs at least one image with a caption; the data has none.")
@@ -82,11 +82,11 @@ def check_instances(
 
 
 def instance_keys(
-    caption_of: Int64[Tensor, "M"],
-    image_of: Int64[Tensor, "M"],
+    caption_of: Int64[Tensor, " M"],
+    image_of: Int64[Tensor, " M"],
     relevance: str,
-    group_of: Int64[Tensor, "U"] | None,
-) -> Int64[Tensor, "M"]:
+    group_of: Int64[Tensor, " U"] | None,
+) -> Int64[Tensor, " M"]:
     """Numbers 0..K-1: an image is relevant for an instance if one of its own instances has the same."""
     if relevance not in ("caption", "pair"):
         raise ValueError(f"eval.relevance={relevance!r} is unknown. Use caption or pair.")
@@ -98,14 +98,14 @@ def instance_keys(
 
 
 def distinct_cards(
-    key_of: Int64[Tensor, "M"], caption_of: Int64[Tensor, "M"]
-) -> tuple[Int64[Tensor, "C"], Int64[Tensor, "C"], Int[Tensor, "C"]]:
+    key_of: Int64[Tensor, " M"], caption_of: Int64[Tensor, " M"]
+) -> tuple[Int64[Tensor, " C"], Int64[Tensor, " C"], Int[Tensor, " C"]]:
     """Keys (ascending), text rows and counts of the distinct instances; equal ones have equal scores."""
     cards, counts = torch.unique(torch.stack([key_of, caption_of]), dim=1, return_counts=True)
     return cards[0], cards[1], counts.int()
 
 
-def share_equal_rows(features: Float[Tensor, "N D"]) -> tuple[Int64[Tensor, "N"], Float[Tensor, "R D"]]:
+def share_equal_rows(features: Float[Tensor, "N D"]) -> tuple[Int64[Tensor, " N"], Float[Tensor, "R D"]]:
     """For each row its number among the distinct ones, and those: equal gallery items then tie exactly.
 
     A matrix product may round equal columns differently by their position.
@@ -123,7 +123,7 @@ def scores(queries: Float[Tensor, "q D"], gallery: Float[Tensor, "G D"]) -> Floa
 
 
 def link_matrix(
-    rows: Int64[Tensor, "P"], columns: Int64[Tensor, "P"], start: int, stop: int, width: int
+    rows: Int64[Tensor, " P"], columns: Int64[Tensor, " P"], start: int, stop: int, width: int
 ) -> Bool[Tensor, "r {width}"]:
     """True at (row - start, column) of the pairs whose row is in start..stop-1."""
     inside = (rows >= start) & (rows < stop)
@@ -133,7 +133,7 @@ def link_matrix(
 
 
 def first_hits(
-    score: Float[Tensor, "q G"], relevant: Bool[Tensor, "q G"], count: Int[Tensor, "G"]
+    score: Float[Tensor, "q G"], relevant: Bool[Tensor, "q G"], count: Int[Tensor, " G"]
 ) -> Int64[Tensor, "3 q"]:
     """Per query, items above the best relevant score, items that tie with it, and relevant ones among those.
 
@@ -145,7 +145,7 @@ def first_hits(
     return torch.stack([above.sum(dim=1), tied.sum(dim=1), (tied * relevant).sum(dim=1)])
 
 
-def hit_chance(hits: Int64[Tensor, "3 q"], k: int) -> Float[Tensor, "q"]:
+def hit_chance(hits: Int64[Tensor, "3 q"], k: int) -> Float[Tensor, " q"]:
     """Chance of a relevant item in the top k when the tied ones are in random order.
 
     With `room` places left for t tied items, r of them relevant: 1 - C(t - r, room) / C(t, room), as a
@@ -160,13 +160,13 @@ def hit_chance(hits: Int64[Tensor, "3 q"], k: int) -> Float[Tensor, "q"]:
     return 1 - miss
 
 
-def expected_rank(hits: Int64[Tensor, "3 q"]) -> Float[Tensor, "q"]:
+def expected_rank(hits: Int64[Tensor, "3 q"]) -> Float[Tensor, " q"]:
     """Rank from 1 of the best answer: the least of r random places of t has mean (t + 1) / (r + 1)."""
     above, tied, relevant = hits.double()
     return above + (tied + 1) / (relevant + 1)
 
 
-def median(values: Float[Tensor, "q"]) -> float:
+def median(values: Float[Tensor, " q"]) -> float:
     """The middle value, or the mean of both middle ones (torch.median takes the lower)."""
     ordered = values.sort().values
     return float((ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2)

@@ -16,7 +16,7 @@ def class_prototypes(text: Float[Tensor, "C T D"]) -> Float[Tensor, "C D"]:
 def zero_shot_metrics(
     image: Float[Tensor, "N D"],
     prototypes: Float[Tensor, "C D"],
-    label: Int64[Tensor, "N"],
+    label: Int64[Tensor, " N"],
     chunk_rows: int = CHUNK_ROWS,
 ) -> dict[str, float]:
     """Top-1, top-5, and the mean over classes of their top-1, where classes without an image are left out.
@@ -45,13 +45,13 @@ def zero_shot_metrics(
     }
 
 
-def mean_per_class(value: Float[Tensor, "N"], label: Int64[Tensor, "N"]) -> Float[Tensor, ""]:
+def mean_per_class(value: Float[Tensor, " N"], label: Int64[Tensor, " N"]) -> Float[Tensor, ""]:
     _, member_of, sizes = torch.unique(label, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(sizes), dtype=value.dtype, device=value.device).index_add(0, member_of, value)
     return (sums / sizes).mean()
 
 
-def check_labels(label: Int64[Tensor, "N"], num_classes: int) -> None:
+def check_labels(label: Int64[Tensor, " N"], num_classes: int) -> None:
     if not len(label):
         raise ValueError("Zero-shot classification needs at least one image with a label; the data has none.")
     if int(label.min()) < 0 or int(label.max()) >= num_classes:

@@ -15,7 +15,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather_rows(rows: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
+def gather_rows(rows: Shaped[Tensor, " b *rest"]) -> Shaped[Tensor, " B *rest"]:
     """The rows of rank 0, then of rank 1, and so on; sizes may differ. Without a graph."""
     rows = rows.detach()
     if world() == 1:
@@ -26,7 +26,7 @@ def gather_rows(rows: Shaped[Tensor, "b *rest"]) -> Shaped[Tensor, "B *rest"]:
     return gather_known_rows(rows, counts.tolist())
 
 
-def gather_known_rows(rows: Shaped[Tensor, "b *rest"], counts: list[int]) -> Shaped[Tensor, "B *rest"]:
+def gather_known_rows(rows: Shaped[Tensor, " b *rest"], counts: list[int]) -> Shaped[Tensor, " B *rest"]:
     """gather_rows for sizes that every rank knows: one collective."""
     rows = rows.detach()
     if len(counts) == 1:

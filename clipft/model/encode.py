@@ -51,7 +51,7 @@ def text_tower(model: OpenClip) -> Any:
     return getattr(model, "text", model)
 
 
-def pooled_index(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor, "b"]:
+def pooled_index(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor, " b"]:
     """The position whose output becomes the text feature, as open_clip's text_global_pool picks it."""
     tower = text_tower(model)
     pool = tower.text_pool_type if tower is model else tower.pool_type

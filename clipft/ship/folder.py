@@ -42,7 +42,7 @@ class Reloaded:
     difference: float  # largest one of unit features, for the same pixels and tokens
     image: Float[Tensor, "n D"]  # of the original files, through open_clip's own preprocess
     text: Float[Tensor, "m D"]
-    cosine: Float[Tensor, "n"]  # of each file's feature and ours
+    cosine: Float[Tensor, " n"]  # of each file's feature and ours
     causes: dict[str, str]  # key of a file below MIN_COSINE -> why
     versions: dict[str, str]
 
@@ -158,7 +158,7 @@ def run_reload(folder: Path, job: Path) -> tuple[dict[str, Tensor], dict]:
     return load_file(job / "outputs.safetensors"), json.loads((job / "outputs.json").read_text(encoding="utf-8"))
 
 
-def explain(files: Sequence[tuple[str, bytes]], cosine: Float[Tensor, "n"], failed: dict[str, str]) -> dict[str, str]:
+def explain(files: Sequence[tuple[str, bytes]], cosine: Float[Tensor, " n"], failed: dict[str, str]) -> dict[str, str]:
     """The cause for each file that plain open_clip sees otherwise; RuntimeError if one has none."""
     causes = {}
     for i in torch.nonzero(~(cosine >= MIN_COSINE)).flatten().tolist():

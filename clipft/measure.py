@@ -1,0 +1,142 @@
+"""What a run measures, on which samples, and how results.json keeps it."""
+
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from clipft import __version__
+from clipft.config import Config
+from clipft.data.index import Samples
+from clipft.data.split import Splits, load_splits
+from clipft.judge.evaluate import Evaluation, Task, build_task
+from clipft.judge.evaluate import evaluate as evaluate_task
+from clipft.judge.table import print_results
+from clipft.model.load import Clip
+from clipft.plan import Steps, other_data
+from clipft.ranks import Ranks
+from clipft.rundir import read_results, write_results
+
+PACKAGES = ("torch", "pytorch-lightning", "open_clip_torch", "timm", "webdataset")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How features are made for a measurement, the same for every data set and every set of weights of a run."""
+
+    clip: Clip
+    ranks: Ranks
+    trim: bool
+    relevance: str
+    batch_size: int
+    workers: int
+    max_pixels: int
+
+    def __call__(self, task: Task) -> Evaluation:
+        return evaluate_task(
+            self.clip,
+            task,
+            relevance=self.relevance,
+            batch_size=self.batch_size,
+            device=self.ranks.device,
+            workers=self.workers,
+            max_pixels=self.max_pixels,
+            trim=self.trim,
+            autocast=self.ranks.autocast,
+        )
+
+
+def validation(splits: Splits, measure: Measure, select: str) -> Callable[[], dict[str, float]]:
+    """A function that measures the val split with the present weights; metrics without the data's name."""
+    assert splits.val is not None
+    task = build_task("val", splits.val, splits.classnames, splits.templates, measure.clip.tokenize)
+    measurable = len(task.caption_of) if "recall" in select else task.label.ge(0).sum()
+    if not measurable:
+        lacks = "captions" if "recall" in select else "labels with class names"
+        raise ValueError(f"eval.select={select!r} cannot be measured: the val split has no {lacks}.")
+
+    def validate() -> dict[str, float]:
+        return {name.removeprefix("val/"): value for name, value in measure(task).metrics.items()}
+
+    return validate
+
+
+def report_tasks(config: Config, splits: Splits, clip: Clip) -> list[tuple[str, Task]]:
+    """What the before/after table is made on, with the split: the data, eval.also, what the base was trained on."""
+    tasks: dict[str, tuple[str, Task]] = {}
+    for each in [splits, *(load_splits(data) for data in other_data(config)[0])]:
+        split, samples = reported(each)
+        if each.name not in tasks:
+            task = build_task(each.name, samples, each.classnames, each.templates, clip.tokenize)
+            tasks[each.name] = split, task
+        elif tasks[each.name][1].samples.fingerprint != samples.fingerprint:
+            raise ValueError(
+                f"Two data sets are called {each.name!r}. Give this run's another name with data.name=NAME."
+            )
+    return list(tasks.values())
+
+
+def reported(splits: Splits, split: str | None = None) -> tuple[str, Samples]:
+    """The split that tables are made on, with its name: test where there is one, else val, else train."""
+    found = {"test": splits.test, "val": splits.val, "train": splits.train}
+    for name in [split] if split else list(found):
+        samples = found[name]
+        if samples is not None:
+            return name, samples
+    raise ValueError(f"split={split!r}: {splits.name} has none. It has: {[k for k, v in found.items() if v]}.")
+
+
+def record(
+    folder: Path, ranks: Ranks, column: str, evaluations: list[tuple[str, Evaluation]], meta: dict[str, Any]
+) -> None:
+    """Adds a column to results.json."""
+    if not ranks.first:
+        return
+    metrics = {name: value for _, evaluation in evaluations for name, value in evaluation.metrics.items()}
+    gallery = {each.name: {"split": split, **each.gallery} for split, each in evaluations}
+    write_results(folder, read_results(folder) | {column: metrics, "meta": meta | {"gallery": gallery}})
+
+
+def describe_run(config: Config, splits: Splits, steps: Steps, clip: Clip) -> dict[str, Any]:
+    """What one has to know to read the numbers of results.json."""
+    split, _ = reported(splits)
+    return {
+        "base_model": {"name": clip.name, "pretrained": clip.pretrained},
+        "split": split,
+        "relevance": config.eval.relevance,
+        "selected_by": f"val {config.eval.select}",
+        "seed": config.train.seed,
+        "steps": steps.total,
+        "samples": {name: len(part) for name in ("train", "val", "test") if (part := getattr(splits, name))},
+        "fingerprint": {name: part.fingerprint for name in ("train", "val", "test") if (part := getattr(splits, name))},
+        "versions": {
+            "clipft": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+    }
+
+
+def finish(folder: Path) -> dict[str, Any]:
+    """Marks the run as finished and shows its table; returns the results."""
+    found = read_results(folder)
+    results = {column: found[column] for column in ("base", "best", "last") if column in found}
+    results["meta"] = found["meta"] | {"finished": True}
+    write_results(folder, results)
+    print_results(results, sys.stdout)
+    print(f"Results {folder}/results.json, weights {folder}/checkpoints/best.ckpt. Next: clipft export run={folder}")
+    return results
+
+
+def check_same_data(config: Config, folder: Path, meta: dict[str, Any], done: int) -> None:
+    """Raises when a run would go on with other samples than it began with."""
+    before = read_results(folder).get("meta", {}).get("fingerprint")
+    if done and before and before != meta["fingerprint"] and config.resume != "force":
+        changed = [split for split, value in meta["fingerprint"].items() if before.get(split) != value]
+        raise ValueError(
+            f"{config.data.name}: the shards of {', '.join(changed)} are not those that {folder} began with. Put them "
+            "back, or use resume=force to go on with these, resume=restart to begin again, or another name=."
+        )
