@@ -68,4 +68,4 @@ def test_the_main_job_runs_from_a_checkout(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "toy, test split: 400 images" in done.stdout and (tmp_path / "runs" / "first" / "results.json").exists()
+    assert "toy, test split: 300 images" in done.stdout and (tmp_path / "runs" / "first" / "results.json").exists()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import permutations, product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ from clipft.data.split import MANIFEST
 
 SIZE = 64  # px
 SUPERSAMPLE = 4  # for smooth edges
-NUM_TRAIN, NUM_HELD_OUT = 4000, 400
-NUM_PAIR_CAPTIONS = 240
+NUM_TRAIN, NUM_HELD_OUT = 4000, 300
+NUM_PAIRS = 90
 SHARD_SAMPLES = 1000
 SEED = 0
 
@@ -27,23 +27,17 @@ COLOURS: dict[str, Colour] = {
     "yellow": (240, 205, 40),
     "purple": (140, 60, 170),
     "orange": (245, 135, 30),
+    "cyan": (60, 205, 215),
 }
 GROUNDS: dict[str, Colour] = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (128, 128, 128)}
-RADII = {"small": 9.0, "large": 19.0}
-# Shapes in pairs are fewer and plainer: beside each other they are small.
-PAIR_COLOURS = ("red", "green", "blue", "yellow")
-PAIR_SHAPES = ("circle", "square", "triangle", "star")
+RADII = {"small": 13.0, "large": 21.5}
+PAIR_SHAPES = ("disc", "cross", "ring")  # plain ones: beside each other they are small
 RELATIONS = ("left of", "above")
 
 
 def regular(corners: int, radius: float, turn: float) -> list[tuple[float, float]]:
     """Corners as (radius, angle), the first one at `turn`."""
     return [(radius, turn + 2 * math.pi * i / corners) for i in range(corners)]
-
-
-def star(outer: float, inner: float) -> list[tuple[float, float]]:
-    tips = regular(10, outer, -math.pi / 2)
-    return [(inner if i % 2 else outer, angle) for i, (_, angle) in enumerate(tips)]
 
 
 def cross(arm: float, half: float) -> list[tuple[float, float]]:
@@ -57,12 +51,12 @@ def cross(arm: float, half: float) -> list[tuple[float, float]]:
 
 # Corners in units of the radius that a scene gives; the factors make all shapes look equally large.
 SHAPES = {
-    "circle": regular(48, 1.05, 0.0),
-    "square": regular(4, 1.25, math.pi / 4),
+    "disc": regular(48, 1.05, 0.0),
     "triangle": regular(3, 1.3, -math.pi / 2),
-    "star": star(1.3, 0.55),
-    "cross": cross(1.2, 0.38),
+    "cross": cross(1.2, 0.3),
+    "ring": regular(48, 1.05, 0.0),
 }
+HOLE = 0.67  # of a ring, in the same unit
 
 
 @dataclass(frozen=True)
@@ -133,21 +127,24 @@ def draw_row(scene: Scene, key: str, split: str, rng: np.random.Generator) -> Ro
 
 
 def all_scenes(rng: np.random.Generator) -> list[Scene]:
-    """All scenes with one thing and a sample of those with two; their captions differ."""
+    """All scenes with one thing and, for some pairs of things, one beside and one above the other."""
     single = [
         Scene(things=(Thing(colour, shape),), size=size, ground=ground)
         for size, colour, shape, ground in product(RADII, COLOURS, SHAPES, GROUNDS)
     ]
-    things = [Thing(*thing) for thing in product(PAIR_COLOURS, PAIR_SHAPES)]
-    pairs = [Scene(things=two, relation=relation) for two in permutations(things, 2) for relation in RELATIONS]
-    return single + [pairs[i] for i in rng.permutation(len(pairs))[:NUM_PAIR_CAPTIONS]]
+    things = [Thing(*thing) for thing in product(COLOURS, PAIR_SHAPES)]
+    pairs = [two for two in combinations(things, 2) if two[0].colour != two[1].colour]
+    chosen = [pairs[i] for i in rng.permutation(len(pairs))[:NUM_PAIRS]]
+    in_order = [two if rng.random() < 0.5 else two[::-1] for two in chosen]
+    return single + [Scene(things=two, relation=relation) for two in in_order for relation in RELATIONS]
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """One picture of the scene; place, size, rotation and colours are jittered, pixels are noisy."""
     ground = scene.ground or str(rng.choice(list(GROUNDS)))
     side = SIZE * SUPERSAMPLE
-    image = Image.new("RGB", (side, side), jitter(GROUNDS[ground], rng))
+    behind = jitter(GROUNDS[ground], rng)
+    image = Image.new("RGB", (side, side), behind)
     canvas = ImageDraw.Draw(image)
     for thing, (x, y, radius) in zip(scene.things, places(scene, rng), strict=True):
         turn = rng.uniform(-math.pi / 12, math.pi / 12)
@@ -159,6 +156,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
             for r, angle in SHAPES[thing.shape]
         ]
         canvas.polygon(corners, fill=jitter(COLOURS[thing.colour], rng))
+        if thing.shape == "ring":
+            canvas.circle((SUPERSAMPLE * x, SUPERSAMPLE * y), SUPERSAMPLE * radius * HOLE, fill=behind)
     pixels = np.asarray(image.reduce(SUPERSAMPLE), np.float32)
     noise = 4 * rng.standard_normal(pixels.shape, np.float32)
     return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
@@ -167,12 +166,12 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
 def places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Centre and radius of each thing, inside the picture and apart from each other."""
     if scene.size is not None:
-        radius = RADII[scene.size] * rng.uniform(0.85, 1.1)
+        radius = RADII[scene.size] * rng.uniform(0.9, 1.05)
         x, y = rng.uniform(1.3 * radius, SIZE - 1.3 * radius, size=2)
         return [(x, y, radius)]
     spots = []
-    for low, high in ((13, 19), (45, 51)):
-        along, across, radius = rng.uniform(low, high), 32 + rng.uniform(-9, 9), rng.uniform(9, 12)
+    for low, high in ((14, 18), (46, 50)):
+        along, across, radius = rng.uniform(low, high), 32 + rng.uniform(-9, 9), rng.uniform(11, 13)
         spots.append((along, across, radius) if scene.relation == "left of" else (across, along, radius))
     return spots
 

@@ -50,13 +50,13 @@ def test_there_are_several_hundred_captions_and_training_shows_each_of_them(part
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_held_out_captions_differ_from_each_other_and_are_known_from_training(parts, split):
     held_out = captions(parts[split])
-    assert len(held_out) == 400 == len(set(held_out))
+    assert len(held_out) == 300 == len(set(held_out))
     assert set(held_out) <= set(captions(parts["train"]))
 
 
 def test_no_picture_is_drawn_twice(parts):
     pictures = [members["jpg"] for samples in parts.values() for members in samples]
-    assert len(set(pictures)) == len(pictures) == 4800
+    assert len(set(pictures)) == len(pictures) == 4600
 
 
 def test_a_scene_has_a_class_when_it_shows_one_thing_and_its_prompts_are_known_captions(parts, folder):
@@ -92,8 +92,8 @@ def test_left_and_above_are_where_the_caption_says(parts):
         if "cls" in members or first == second:
             continue
         pixels = pixels_of(members)
-        near = [np.abs(pixels - toy.COLOURS[colour]).sum(-1) < 90 for colour in (first, second)]
-        down, across = np.argwhere(near[1]).mean(axis=0) - np.argwhere(near[0]).mean(axis=0)
+        near = [np.abs(pixels - toy.COLOURS[colour]).sum(-1) < 60 for colour in (first, second)]
+        down, across = np.median(np.argwhere(near[1]), axis=0) - np.median(np.argwhere(near[0]), axis=0)
         assert (across if "left" in words else down) > 12
 
 
