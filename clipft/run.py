@@ -231,7 +231,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize)
     evaluation = measure(task)
     if ranks.first:
-        print("\n".join(splits.notes + clip.notes))
+        notes = splits.notes if split == "val" else []  # where val is a share of train, they say so
+        print("\n".join(notes + clip.notes))
         gallery = {splits.name: {"split": split, **evaluation.gallery}}
         results = {"model": evaluation.metrics, "meta": {"gallery": gallery, "relevance": config.relevance}}
         print_results(results, sys.stdout)
