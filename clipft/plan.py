@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from clipft.conf_files import named_data
 from clipft.config import Config, DataConfig
+from clipft.data.caption import captions_of
 from clipft.data.order import steps_per_epoch
+from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
 from clipft.model.names import check_model, kind_of
 from clipft.rundir import load_config
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # both import torch, and the command line must answer before 
     from clipft.model.load import Clip
     from clipft.ranks import Ranks
 
+LOOKED_AT = 20  # samples that are looked at for captions before anything starts
 FINE_TUNING_LR = 1e-5  # full fine-tuning of ViT-B-32 (WiSE-FT and FLYP use 1e-5 and 3e-5 at most)
 
 
@@ -34,6 +37,7 @@ def resolve(config: Config) -> Config:
     splits = load_splits(config.data)
     other_data(config)
     count_steps(config, splits)
+    check_captions(splits)
     if config.train.batch_size < config.trainer.devices:
         raise ValueError(
             f"train.batch_size={config.train.batch_size} is less than trainer.devices={config.trainer.devices}: "
@@ -76,6 +80,22 @@ def count_steps(config: Config, splits: Splits) -> Steps:
     if config.optim.warmup_frac and total > 1 and warmup >= total:
         raise ValueError(f"optim.warmup_frac={config.optim.warmup_frac} warms up for all {total} steps.")
     return Steps(per_epoch, total, warmup)
+
+
+def check_captions(splits: Splits) -> None:
+    """Raises where the first training samples have no captions: labels alone are no text to train on."""
+    assert splits.train is not None
+    looked_at = min(LOOKED_AT, len(splits.train))
+    for i in range(looked_at):
+        try:
+            captions_of(splits.train.read(i, TEXT_KINDS))
+            return
+        except BadSample:
+            continue
+    raise ValueError(
+        f"data.train: none of the first {looked_at} samples of {splits.name} has a caption (key.txt, or captions in "
+        "key.json). Sets with labels only can be measured (clipft evaluate), not trained on."
+    )
 
 
 def default_lr(model: str) -> float:

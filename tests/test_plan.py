@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from shards import write_shards
+from shards import write_shards, write_tar
 
 from clipft.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from clipft.plan import default_lr, resolve
@@ -28,6 +28,16 @@ def test_a_run_is_tuned_with_a_tenth_of_its_rate(config, tmp_path):
     assert default_lr(str(settle(base).path)) == pytest.approx(2e-4)
     low = replace(base, name="low", optim=OptimConfig(lr=3e-5))
     assert default_lr(str(settle(low).path)) == 1e-5
+
+
+def test_a_set_of_labels_is_refused_before_anything_starts(config, tmp_path):
+    write_tar(
+        tmp_path / "labels" / "train-0.tar",
+        [(f"{i}.{k}", v) for i in range(9) for k, v in (("jpg", b"x"), ("cls", b"1"))],
+    )
+    labels = replace(config, data=DataConfig(path=str(tmp_path / "labels")), train=TrainConfig(batch_size=2))
+    with pytest.raises(ValueError, match=r"data\.train: none of the first 8 samples of labels has a caption"):
+        resolve(labels)
 
 
 @pytest.mark.parametrize(
