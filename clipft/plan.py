@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # both import torch, and the command line must answer before 
     from clipft.ranks import Ranks
 
 LOOKED_AT = 20  # samples that are looked at for captions before anything starts
-FINE_TUNING_LR = 1e-5  # full fine-tuning of ViT-B-32 (WiSE-FT and FLYP use 1e-5 and 3e-5 at most)
+FINE_TUNING_LR = 1e-5  # of full fine-tuning; the rate of FLYP (Goyal et al. 2023)
 
 
 @dataclass(frozen=True)
