@@ -88,6 +88,8 @@ class DataConfig:
     """Test shards: the final table is made on these where they exist."""
     val_frac: float | None = None
     """Share of the training samples held out (by a hash of their keys) when there is no val; null: 0.05."""
+    captions: str = "one"
+    """one: an epoch is each image once, one of its captions drawn anew; all: every pair of image and caption once."""
     augment: str = "light"
     """none: resize and centre crop; light: random crop of 0.9 to 1.0; strong: light, affine and flip."""
     crop_min: float | None = None
@@ -107,6 +109,7 @@ class DataConfig:
         self.train = as_shards("data.train", self.train)
         self.val = as_shards("data.val", self.val)
         self.test = as_shards("data.test", self.test)
+        one_of("data.captions", self.captions, ("one", "all"))
         one_of("data.augment", self.augment, ("none", "light", "strong"))
         positive(data__crop_min=self.crop_min, data__max_pixels=self.max_pixels, data__val_frac=self.val_frac)
         fraction(
@@ -124,13 +127,24 @@ class DataConfig:
 @dataclass(kw_only=True)
 class LossConfig:
     name: str = "clip"
-    """clip: symmetric InfoNCE over the global batch (Radford et al. 2021)."""
+    """clip: symmetric InfoNCE over the global batch (Radford et al. 2021); siglip: sigmoids (Zhai et al. 2023)."""
     positives: str = "caption"
-    """Rows that share this are positives of each other: caption (equal normalised text) or pair (none)."""
+    """Pairs that share it belong together: caption (equal normalised text), image (equal files), group, pair (none)."""
+    group: str | None = None
+    """Column of key.json that names a sample's group, for loss.positives=group."""
+    duplicates: str = "share"
+    """Pairs that belong together share the target (share), or are left out of each other's negatives (mask)."""
 
     def __post_init__(self):
-        one_of("loss.name", self.name, ("clip",))
-        one_of("loss.positives", self.positives, ("caption", "pair"))
+        one_of("loss.name", self.name, ("clip", "siglip"))
+        one_of("loss.positives", self.positives, ("caption", "image", "group", "pair"))
+        one_of("loss.duplicates", self.duplicates, ("share", "mask"))
+        if self.positives == "group" and self.group is None:
+            raise ValueError("loss.positives=group needs loss.group=COLUMN, the column of key.json that names it.")
+        if self.positives != "group" and self.group is not None:
+            raise ValueError(f"loss.group={self.group!r} would be ignored: it belongs to loss.positives=group.")
+        if self.positives == "pair" and self.duplicates == "mask":
+            raise ValueError("loss.duplicates=mask would be ignored: under loss.positives=pair no pair has duplicates.")
 
 
 @dataclass(kw_only=True)
@@ -167,13 +181,19 @@ class TrainConfig:
     batch_size: int = 256
     """Pairs in the global contrastive batch, over all devices: the only batch size that changes the result."""
     micro_batch: int | None = None
-    """Pairs a device encodes at a time (memory only, the result is the same); null: its whole share."""
+    """Pairs a device encodes at a time (memory only, the result is the same); null: as many as fit, tried at start."""
     epochs: int = 10
     """Passes over the training images."""
     max_steps: int | None = None
     """Stop after this many steps instead of after train.epochs."""
     seed: int = 0
     """Order, captions, augmentation and random weights follow from it."""
+    batch_norm: str = "frozen"
+    """BatchNorm statistics: frozen, or train (one device, one micro-batch: they depend on how a batch is cut)."""
+    max_skipped: int = 10
+    """Stop after this many steps in a row whose gradients were not finite; each of them is skipped."""
+    max_time: str | None = None
+    """Save and stop so long after the start ("23h", "50min"), as on SIGTERM; null: no limit."""
 
     def __post_init__(self):
         if self.batch_size < 2:
@@ -182,7 +202,12 @@ class TrainConfig:
             train__micro_batch=self.micro_batch,
             train__epochs=self.epochs,
             train__max_steps=self.max_steps,
+            train__max_skipped=self.max_skipped,
         )
+        one_of("train.batch_norm", self.batch_norm, ("frozen", "train"))
+        limit = parse_every("train.max_time", self.max_time)
+        if limit and limit.seconds is None:
+            raise ValueError(f"train.max_time={self.max_time!r} must be a duration such as 50min or 23h.")
         if self.seed < 0:
             raise ValueError(f"train.seed={self.seed} must be 0 or more.")
 

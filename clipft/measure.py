@@ -1,12 +1,18 @@
 """What a run measures, on which samples, and how results.json keeps it."""
 
+import hashlib
+import json
 import platform
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from clipft import __version__
 from clipft.config import Config
@@ -18,7 +24,7 @@ from clipft.judge.table import print_results
 from clipft.model.load import Clip
 from clipft.plan import Steps, other_data
 from clipft.ranks import Ranks
-from clipft.rundir import read_results, write_results
+from clipft.rundir import read_results, what_matters, write_results
 
 PACKAGES = ("torch", "pytorch-lightning", "open_clip_torch", "timm", "webdataset")
 
@@ -110,7 +116,10 @@ def describe_run(config: Config, splits: Splits, steps: Steps, clip: Clip) -> di
         "selected_by": f"val {config.eval.select}",
         "seed": config.train.seed,
         "steps": steps.total,
+        "config_sha256": hashlib.sha256(json.dumps(what_matters(config)).encode()).hexdigest(),
+        "code_sha256": code_hash(),
         "samples": {name: len(part) for name in ("train", "val", "test") if (part := getattr(splits, name))},
+        "units": steps.num_units,
         "fingerprint": {name: part.fingerprint for name in ("train", "val", "test") if (part := getattr(splits, name))},
         "versions": {
             "clipft": __version__,
@@ -120,22 +129,62 @@ def describe_run(config: Config, splits: Splits, steps: Steps, clip: Clip) -> di
     }
 
 
-def finish(folder: Path) -> dict[str, Any]:
-    """Marks the run as finished and shows its table; returns the results."""
+def code_hash() -> str:
+    """sha256 over clipft's own source files."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def facts(config: Config, meta: dict[str, Any], model: nn.Module) -> dict[str, str]:
+    """What has to be the same on all ranks, by the name that an error gives it."""
+    crc = 0
+    for value in model.state_dict().values():
+        crc = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    everything = {
+        **what_matters(config),
+        "clipft's code": meta["code_sha256"],
+        **{f"the fingerprint of the {split} data": value for split, value in meta["fingerprint"].items()},
+        "the number of units in an epoch": meta["units"],
+        **{f"the version of {package}": value for package, value in meta["versions"].items()},
+        "the checksum of the first weights": f"{crc:08x}",
+    }
+    return {key: str(value) for key, value in everything.items()}
+
+
+def finish(folder: Path, ledger: dict[str, Any]) -> dict[str, Any]:
+    """Marks the run as finished and shows its table and what became of the samples; returns the results."""
     found = read_results(folder)
     results = {column: found[column] for column in ("base", "best", "last") if column in found}
-    results["meta"] = found["meta"] | {"finished": True}
+    results["meta"] = found["meta"] | {"finished": True, "ledger": ledger}
     write_results(folder, results)
     print_results(results, sys.stdout)
+    print(ledger_line(ledger))
     print(f"Results {folder}/results.json, weights {folder}/checkpoints/best.ckpt. Next: clipft export run={folder}")
     return results
 
 
+def ledger_line(ledger: dict[str, Any]) -> str:
+    """The ledger as one line for the terminal."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in ledger["dropped"].items())
+    return (
+        f"Samples: {ledger['indexed']:,} in {ledger['epochs']} epochs = {ledger['used']:,} used + "
+        f"{sum(ledger['dropped'].values()):,} dropped{f' ({reasons})' if reasons else ''} + "
+        f"{ledger['left_out']:,} left out + {ledger['not_reached']:,} not reached"
+    )
+
+
 def check_same_data(config: Config, folder: Path, meta: dict[str, Any], done: int) -> None:
     """Raises when a run would go on with other samples than it began with."""
-    before = read_results(folder).get("meta", {}).get("fingerprint")
-    if done and before and before != meta["fingerprint"] and config.resume != "force":
-        changed = [split for split, value in meta["fingerprint"].items() if before.get(split) != value]
+    before = read_results(folder).get("meta", {})
+    if not done or not before or config.resume == "force":
+        return
+    changed = [split for split, value in meta["fingerprint"].items() if before["fingerprint"].get(split) != value]
+    if not changed and before["units"] != meta["units"]:  # the fingerprint sees members, not the captions in them
+        changed = ["train"]
+    if changed:
         raise ValueError(
             f"{config.data.name}: the shards of {', '.join(changed)} are not those that {folder} began with. Put them "
             "back, or use resume=force to go on with these, resume=restart to begin again, or another name=."

@@ -1,14 +1,17 @@
 """What a run will do, worked out from its config before anything heavy is imported."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipft.conf_files import named_data
 from clipft.config import Config, DataConfig
-from clipft.data.caption import captions_of
+from clipft.data.caption import captions_of, group_of
 from clipft.data.order import steps_per_epoch
+from clipft.data.pairs import Units, build_units
 from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
 from clipft.model.names import check_model, kind_of
@@ -26,6 +29,8 @@ FINE_TUNING_LR = 1e-5  # of full fine-tuning; the rate of FLYP (Goyal et al. 202
 
 @dataclass(frozen=True)
 class Steps:
+    num_units: int
+    """Images or pairs of an epoch, before the remainder is left out."""
     per_epoch: int
     total: int
     warmup: int
@@ -36,13 +41,14 @@ def resolve(config: Config) -> Config:
     check_model(config.model)
     splits = load_splits(config.data)
     other_data(config)
-    count_steps(config, splits)
-    check_captions(splits)
+    check_captions(splits, config.loss.group)
+    count_steps(config, units_of(config, splits))
     if config.train.batch_size < config.trainer.devices:
         raise ValueError(
             f"train.batch_size={config.train.batch_size} is less than trainer.devices={config.trainer.devices}: "
             "some devices would have no sample."
         )
+    check_batch_norm(config, config.trainer.devices, config.train.micro_batch or config.train.batch_size)
     lr = config.optim.lr if config.optim.lr is not None else default_lr(config.model.name)
     return replace(
         config,
@@ -71,31 +77,45 @@ def other_data(config: Config) -> tuple[list[DataConfig], list[str]]:
     return found, notes
 
 
-def count_steps(config: Config, splits: Splits) -> Steps:
-    if splits.train is None:
-        raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
-    per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
+def units_of(config: Config, splits: Splits) -> Units:
+    """What an epoch holds each of once: images, or pairs of an image and a caption."""
+    assert splits.train is not None
+    return build_units(splits.train, config.data.captions)
+
+
+def count_steps(config: Config, units: Units) -> Steps:
+    per_epoch = steps_per_epoch(len(units), config.train.batch_size)
     total = config.train.max_steps or per_epoch * config.train.epochs
     warmup = round(config.optim.warmup_frac * total)
     if config.optim.warmup_frac and total > 1 and warmup >= total:
         raise ValueError(f"optim.warmup_frac={config.optim.warmup_frac} warms up for all {total} steps.")
-    return Steps(per_epoch, total, warmup)
+    return Steps(len(units), per_epoch, total, warmup)
 
 
-def check_captions(splits: Splits) -> None:
-    """Raises where the first training samples have no captions: labels alone are no text to train on."""
-    assert splits.train is not None
+def check_captions(splits: Splits, group: str | None) -> None:
+    """Raises where the first training samples have no captions (labels alone are no text to train on) or groups."""
+    if splits.train is None:
+        raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
     looked_at = min(LOOKED_AT, len(splits.train))
-    for i in range(looked_at):
-        try:
-            captions_of(splits.train.read(i, TEXT_KINDS))
-            return
-        except BadSample:
-            continue
-    raise ValueError(
-        f"data.train: none of the first {looked_at} samples of {splits.name} has a caption (key.txt, or captions in "
-        "key.json). Sets with labels only can be measured (clipft evaluate), not trained on."
-    )
+    read = partial(splits.train.read, kinds=TEXT_KINDS)
+    if not any(succeeds(lambda i=i: captions_of(read(i))) for i in range(looked_at)):
+        raise ValueError(
+            f"data.train: none of the first {looked_at} samples of {splits.name} has a caption (key.txt, or captions "
+            "in key.json). Sets with labels only can be measured (clipft evaluate), not trained on."
+        )
+    column = group or ""
+    if column and not any(succeeds(lambda i=i: group_of(read(i), column)) for i in range(looked_at)):
+        raise ValueError(
+            f"loss.group={group!r}: none of the first {looked_at} samples of {splits.name} has this column in key.json."
+        )
+
+
+def succeeds(read: Callable[[], Any]) -> bool:
+    """Whether there is something to read."""
+    try:
+        return bool(read())
+    except BadSample:
+        return False
 
 
 def default_lr(model: str) -> float:
@@ -107,24 +127,23 @@ def default_lr(model: str) -> float:
 
 
 def plan_lines(
-    config: Config, splits: Splits, steps: Steps, clip: "Clip", ranks: "Ranks", trim: bool, done: int
+    config: Config, splits: Splits, steps: Steps, clip: "Clip", ranks: "Ranks", trim: bool, micro: int, done: int
 ) -> list[str]:
     """What is about to happen, for the terminal."""
     batch, share = config.train.batch_size, -(-config.train.batch_size // ranks.world)
-    micro = min(config.train.micro_batch or share, share)
     parameters = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in parameters)
     total = sum(parameter.numel() for parameter in clip.model.parameters())
     sizes = ", ".join(f"{name} {len(part):,}" for name in ("train", "val", "test") if (part := getattr(splits, name)))
-    assert splits.train is not None
-    left = len(splits.train) - steps.per_epoch * batch
+    pairs = f" ({steps.num_units:,} pairs)" if config.data.captions == "all" else ""
+    left = steps.num_units - steps.per_epoch * batch
     lines = [
         f"run     {config.runs_dir}/{config.name}"
         + (f" (goes on at step {done:,} of {steps.total:,})" if done else ""),
-        f"data    {splits.name}: {sizes}",
-        *(f"        {note}" for note in splits.notes),
+        f"data    {splits.name}: {sizes}{pairs}",
+        *(f"        {note}" for note in [*splits.notes, *data_notes(config)]),
         f"model   {clip.name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable",
-        *(f"        {note}" for note in [*clip.notes, *other_data(config)[1], *model_notes(clip.model)]),
+        *(f"        {note}" for note in [*clip.notes, *other_data(config)[1], *model_notes(config, clip.model)]),
         f"steps   {steps.total:,} of {batch} pairs, {steps.per_epoch:,} an epoch ({left} left out each time, others "
         f"each time), warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
         f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
@@ -134,14 +153,37 @@ def plan_lines(
     return lines
 
 
-def model_notes(model: "nn.Module") -> list[str]:
-    """What about a model's parts its user has to know."""
+def data_notes(config: Config) -> list[str]:
+    """What about the pairs their user has to know."""
+    if config.data.captions == "all" and config.loss.positives in ("caption", "pair"):
+        return [
+            "captions of one image can meet in a batch, as negatives of each other (loss.positives=image changes that)"
+        ]
+    return []
+
+
+def model_notes(config: Config, model: "nn.Module") -> list[str]:
+    """What about a model's parts its user has to know; raises for options that it cannot follow."""
     notes = []
     rates = [getattr(part, name, 0) for part in model.modules() for name in ("p", "drop_prob", "prob", "dropout")]
     if any(isinstance(rate, float) and rate > 0 for rate in rates):
         notes.append("it drops units at random: another split into devices or micro-batches draws other masks")
-    if any("BatchNorm" in type(part).__name__ for part in model.modules()):
+    has_batch_norm = any("BatchNorm" in type(part).__name__ for part in model.modules())
+    if config.train.batch_norm == "train" and not has_batch_norm:
+        raise ValueError("train.batch_norm=train would be ignored: this model has no BatchNorm. Leave it out.")
+    if has_batch_norm and config.train.batch_norm == "frozen":
         notes.append("BatchNorm keeps the statistics that it has")
-    if getattr(model, "logit_bias", None) is not None:
+    if config.loss.name == "clip" and getattr(model, "logit_bias", None) is not None:
         notes.append("logit_bias stays as it is: loss.name=clip does not see it")
     return notes
+
+
+def check_batch_norm(config: Config, world: int, micro: int) -> None:
+    """Raises where trained BatchNorm statistics would depend on how the batch is cut."""
+    share = config.train.batch_size // world
+    if config.train.batch_norm == "train" and (world > 1 or micro < share):
+        raise ValueError(
+            f"train.batch_norm=train needs the whole batch at once, and here are {world} devices with {micro} pairs at "
+            "a time: the statistics would be those of the parts. Use one device and a train.batch_size that fits, or "
+            "train.batch_norm=frozen."
+        )

@@ -1,41 +1,71 @@
 """python -m clipft.rank COMMAND CONFIG: one rank of a job, started by `launch`; reads no other arguments."""
 
+import faulthandler
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipft.config import Config, EvaluateConfig, ExportConfig
-from clipft.rundir import load_config, locked, log
+from clipft.learn.stop import StopRequest
+from clipft.report import RunFailed, supervised, tell
+from clipft.rundir import load_config, locked, log, what_matters
 
 if TYPE_CHECKING:
     from clipft.ranks import Ranks
 
 
 def train(file: Path) -> int:
-    from clipft.ranks import joined
+    with stoppable() as stop:
+        from clipft.ranks import joined
 
-    config = load_config(file, Config)
-    with joined(config.trainer) as ranks:
-        return train_in(file.parent, config, ranks)
+        config = load_config(file, Config)
+        with joined(config.trainer) as ranks:
+            return train_in(file.parent, config, ranks, stop)
 
 
-def train_in(folder: Path, config: Config, ranks: "Ranks") -> int:
+def train_in(folder: Path, config: Config, ranks: "Ranks", stop: StopRequest) -> int:
     """Trains with the run's folder locked; what goes wrong stands in its log too."""
     from clipft import run
 
     with locked(folder) if ranks.first else nullcontext():
         try:
-            return run.train(config, folder, ranks)
+            return run.train(config, folder, ranks, stop)
         except Exception:
             log(folder, f"rank {ranks.rank}\n{traceback.format_exc()}")
             raise
+
+
+@contextmanager
+def stoppable() -> Iterator[StopRequest]:
+    """Stop signals end the job with their exit code from here on; after SIGUSR1 Slurm starts it again."""
+    stop = StopRequest()
+    stop.install()
+    try:
+        yield stop
+    finally:
+        stop.uninstall()
+        if stop.agreed == "SIGUSR1" and os.environ.get("RANK", "0") == "0":
+            requeue()
+
+
+def requeue() -> None:
+    """Asks Slurm to start this job again; without Slurm nothing happens."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", "") + "_" + os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    job = job if len(job) > 1 else os.environ.get("SLURM_JOB_ID", "")
+    if not job:
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"warning: Slurm was not asked to start job {job} again: {error}", file=sys.stderr, flush=True)
 
 
 def evaluate(file: Path) -> int:
@@ -53,24 +83,15 @@ JOBS: dict[str, Callable[[Path], int]] = {"train": train, "evaluate": evaluate, 
 
 def train_under_torchrun(config: Config, prepare: Callable[[Config], Path | None]) -> int:
     """Every rank has read the command line; rank 0 prepares the run's folder, all read the config it wrote there."""
-    import torch.distributed as dist
+    with stoppable() as stop:
+        from clipft.ranks import check_alike, first_to_all, joined
 
-    from clipft.ranks import joined
-
-    with joined(config.trainer) as ranks:
-        said: list[Any] = [None]  # a folder, None for a finished run, or what is wrong
-        if ranks.first:
-            try:
-                said[0] = prepare(config)
-            except ValueError as error:
-                said[0] = error
-        if ranks.world > 1:
-            dist.broadcast_object_list(said)
-        if isinstance(said[0], ValueError):
-            raise said[0]
-        if said[0] is None:
-            return 0
-        return train_in(said[0], load_config(said[0] / "config.yaml", Config), ranks)
+        with joined(config.trainer) as ranks:
+            check_alike(ranks, {key: str(value) for key, value in what_matters(config).items()})
+            folder = first_to_all(ranks, lambda: prepare(config))
+            if folder is None:
+                return 0
+            return train_in(folder, load_config(folder / "config.yaml", Config), ranks, stop)
 
 
 def evaluate_under_torchrun(config: EvaluateConfig) -> int:
@@ -82,14 +103,32 @@ def evaluate_under_torchrun(config: EvaluateConfig) -> int:
 
 
 def guarded(job: Callable[..., int], *arguments: Any) -> int:
-    """The job's exit code; 2 with one message for what the user can mend (CLIPFT_TRACEBACK=1 shows where)."""
+    """The job's exit code: 2 for what the user can mend before the next start, 1 for what went wrong on the way."""
     try:
         return job(*arguments)
-    except (ValueError, OSError) as error:
-        if os.environ.get("CLIPFT_TRACEBACK"):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except (ValueError, OSError, RunFailed) as error:
+        where = traceback.format_exc() if os.environ.get("CLIPFT_TRACEBACK") else ""
+        say_error(f"{where}error: {error}", error)
+        return 1 if isinstance(error, RunFailed) else 2
+    except Exception as error:
+        say_error(traceback.format_exc().rstrip(), error)
+        return 1
+
+
+def say_error(text: str, error: Exception) -> None:
+    """Leaves the error to the supervisor, who knows which rank's is the cause of the others'; else prints it."""
+    if supervised():
+        tell(error=text, through_another=is_through_another(error))
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_through_another(error: Exception) -> bool:
+    """Whether the error is that another rank is gone, or does not answer."""
+    from torch.distributed import DistError
+
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")
+    return isinstance(error, DistError) or (type(error) is RuntimeError and any(word in str(error) for word in words))
 
 
 def end_with_parent() -> None:
@@ -101,6 +140,12 @@ def end_with_parent() -> None:
     os._exit(143)
 
 
-if __name__ == "__main__":
+def main(command: str, file: Path) -> int:
+    """Does the command as one rank; returns the exit code."""
+    faulthandler.register(signal.SIGUSR2, all_threads=False)  # the supervisor asks a rank that hangs where it is
     threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.exit(guarded(JOBS[sys.argv[1]], Path(sys.argv[2])))
+    return guarded(JOBS[command], file)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

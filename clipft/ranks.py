@@ -1,16 +1,18 @@
 """This process's place among the ranks: device, process group, threads."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from clipft.config import TrainerConfig
+
+Decided = TypeVar("Decided")
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,40 @@ def default_precision(device: torch.device) -> str:
     if device.type != "cuda":
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def first_to_all(ranks: Ranks, decide: Callable[[], Decided]) -> Decided:
+    """What rank 0 decides, on every rank; what it finds wrong is raised on every rank."""
+    said: list[Any] = [None]
+    if ranks.first:
+        try:
+            said = [decide()]
+        except (ValueError, OSError) as error:
+            said = [error]
+    if ranks.world > 1:
+        dist.broadcast_object_list(said)
+    decided = said[0]
+    if isinstance(decided, Exception):
+        raise decided
+    return decided
+
+
+def meet(ranks: Ranks) -> None:
+    """Returns when every rank has come here."""
+    if ranks.world > 1:
+        dist.barrier()
+
+
+def check_alike(ranks: Ranks, facts: dict[str, str]) -> None:
+    """Raises on every rank, naming rank and key, unless all have the same facts."""
+    if ranks.world == 1:
+        return
+    everyone: list[Any] = [None] * ranks.world
+    dist.all_gather_object(everyone, facts)
+    for rank, theirs in enumerate(everyone):
+        for key in sorted(facts.keys() | theirs.keys()):
+            if theirs.get(key) != everyone[0].get(key):
+                raise ValueError(
+                    f"{key} is {theirs.get(key)} on rank {rank} and {everyone[0].get(key)} on rank 0. All ranks must "
+                    "have the same config, code, data, weights and versions."
+                )

@@ -13,31 +13,40 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from clipft import __version__
+from clipft.capacity import check_disk, choose_micro_batch, out_of_memory
 from clipft.config import Config, EvaluateConfig, Every, ExportConfig, ModelConfig, parse_every
 from clipft.data.augment import Augment, build_augment
 from clipft.data.loader import Batch, train_loader
+from clipft.data.pairs import Units
 from clipft.data.sample import image_of
-from clipft.data.split import Splits, load_splits
+from clipft.data.split import load_splits
 from clipft.judge.evaluate import build_task, judge
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
-from clipft.learn.after_step import AfterStep, Validate
-from clipft.learn.checkpoint import AtomicCheckpointIO, saved_step
+from clipft.learn.after_step import AfterStep, Intervals, Validate
+from clipft.learn.checkpoint import Found, clean, find_state, read_state, saved_steps
 from clipft.learn.journal import Journal
+from clipft.learn.ledger import Ledger, account
 from clipft.learn.loggers import build_loggers, each_guarded, log_end
+from clipft.learn.losses import build_loss, chance_loss
 from clipft.learn.metrics_file import MetricsFile
 from clipft.learn.module import ContrastiveModule, Plan, freeze_unused
-from clipft.learn.stop import Timer
+from clipft.learn.saver import Saver
+from clipft.learn.skips import Skips
+from clipft.learn.stop import STOPS, StopRequest
 from clipft.measure import (
     Measure,
     check_same_data,
     describe_run,
+    facts,
     finish,
     record,
     report_tasks,
@@ -45,48 +54,56 @@ from clipft.measure import (
     validation,
 )
 from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
-from clipft.model.load import RUN_CONFIG, Clip, description, load_model
+from clipft.model.load import RUN_CONFIG, Clip, add_bias, description, load_model
 from clipft.model.weights import load_exactly, read_checkpoint
-from clipft.plan import Steps, count_steps, plan_lines
-from clipft.ranks import Ranks
+from clipft.plan import Steps, check_batch_norm, count_steps, plan_lines, units_of
+from clipft.ranks import Ranks, check_alike, first_to_all, meet
+from clipft.report import tell
 from clipft.rundir import load_config, log, read_results, write_results, write_text
 from clipft.ship.card import card_text
 from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, export_folder
 
 MOST_WORKERS = 8
+STOP_BROADCAST = "_broadcast_sigterm_tensor"  # of Lightning's training loop
 MOST_EXPORT_CHECKS = 2000  # images that plain open_clip encodes again
 
 
-def train(config: Config, folder: Path, ranks: Ranks) -> int:
+def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     """Fine-tunes from where the run's folder stands, with the base measured first; returns the exit code."""
     quiet_libraries()
+    stop.limit_s = (parse_every("train.max_time", config.train.max_time) or Every()).seconds
     splits = load_splits(config.data)
-    steps = count_steps(config, splits)
+    units = units_of(config, splits)
+    steps = count_steps(config, units)
     clip = load_model(config.model, config.train.seed)
-    freeze_unused(clip.model)
+    if config.loss.name == "siglip":
+        add_bias(clip, config.train.batch_size)
+    freeze_unused(clip.model, config.loss.name)
+    meta = describe_run(config, splits, steps, clip)
+    check_alike(ranks, facts(config, meta, clip.model))
+    found = first_to_all(ranks, lambda: enter(config, folder, clip))
+    check_same_data(config, folder, meta, found.step)
     clip.model.to(ranks.device)
+    micro = choose_micro_batch(config, folder, ranks, clip, encoder(clip))
+    check_batch_norm(config, ranks.world, micro)
     trim = can_trim(clip.model, clip.tokenize)
     workers = num_workers(config.data.workers, ranks)
     measure = Measure(clip, ranks, trim, config.eval.relevance, config.eval.batch_size, workers, config.data.max_pixels)
-    job = Job(config, folder, splits, steps, measure, build_augment(config.data, clip.preprocess_cfg))
+    job = Job(config, folder, units, steps, measure, build_augment(config.data, clip.preprocess_cfg), micro, meta)
     validate = validation(splits, measure, config.eval.select)
     tasks = report_tasks(config, splits, clip)
-    done = saved_step(folder / "checkpoints" / "last.ckpt")
-    meta = describe_run(config, splits, steps, clip)
-    check_same_data(config, folder, meta, done)
+    plan = plan_lines(config, splits, steps, clip, ranks, trim, micro, found.step)
     if ranks.first:
         write_text(folder / RUN_CONFIG, json.dumps(description(clip), indent=2) + "\n")
-        plan = "\n".join(plan_lines(config, splits, steps, clip, ranks, trim, done))
-        print(plan, flush=True)
-        log(folder, plan)
+        say = "\n".join([*found.notes, *plan])
+        print(say, flush=True)
+        log(folder, say)
         write_results(folder, read_results(folder) | {"meta": meta})
     loggers = build_loggers(config, folder) if ranks.first else []
     if config.eval.base and "base" not in read_results(folder):
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
-    if done < steps.total:
-        stopped = fit(job, validate, done, loggers)
-        if stopped:
-            return 128 + stopped
+    if found.step < steps.total and fit(job, validate, found, loggers, stop):
+        return STOPS[stop.agreed]
     evaluations = []
     for name in ("last", "best"):
         path = folder / "checkpoints" / f"{name}.ckpt"
@@ -94,10 +111,19 @@ def train(config: Config, folder: Path, ranks: Ranks) -> int:
         evaluations = [(split, measure(task)) for split, task in tasks]
         record(folder, ranks, name, evaluations, meta)
     if ranks.first:
-        results = finish(folder)
-        found = sample_retrievals(tasks[0][1], evaluations[0][1].embedded) if loggers else []
-        each_guarded(loggers, lambda logger: log_end(logger, results, found))
+        results = finish(folder, account_of(folder, config, steps))
+        retrieved = sample_retrievals(tasks[0][1], evaluations[0][1].embedded) if loggers else []
+        each_guarded(loggers, lambda logger: log_end(logger, results, retrieved))
     return 0
+
+
+def enter(config: Config, folder: Path, clip: Clip) -> Found:
+    """Cleans up after a kill, finds the state to go on from, looks for room on the disk."""
+    clean(folder)
+    clean(folder / "checkpoints")
+    found = find_state(folder / "checkpoints", clip.model)
+    there = len(saved_steps(folder / "checkpoints"))
+    return replace(found, notes=[*found.notes, *check_disk(folder, clip, config.checkpoint.keep, there)])
 
 
 @dataclass(frozen=True)
@@ -106,81 +132,121 @@ class Job:
 
     config: Config
     folder: Path
-    splits: Splits
+    units: Units
     steps: Steps
     measure: Measure
     augment: Augment
+    micro_batch: int
+    meta: dict[str, Any]
 
 
-def fit(job: Job, validate: Validate, done: int, loggers: list[Logger]) -> int:
-    """Trains from step `done`; returns the signal that stopped it, or 0."""
-    config, folder, splits, steps = job.config, job.folder, job.splits, job.steps
-    measure, clip, ranks = job.measure, job.measure.clip, job.measure.ranks
-    assert splits.train is not None and config.optim.lr is not None
-    plan = Plan(
+def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop: StopRequest) -> bool:
+    """Trains from the state that was found; true when it was stopped before the end."""
+    config, clip, ranks = job.config, job.measure.clip, job.measure.ranks
+    journal = Journal(
+        MetricsFile(job.folder / "metrics.csv", found.step) if ranks.first else None,
+        loggers,
+        partial(log, job.folder),
+        batch_size=config.train.batch_size,
+        chance=chance_loss(config.loss.name, config.train.batch_size),
+        num_steps=job.steps.total,
+        first_step=found.step,
+    )
+    about = {"world_size": ranks.world, **{key: job.meta[key] for key in ("config_sha256", "fingerprint", "versions")}}
+    saver = Saver(config.checkpoint.keep, about, journal.print)
+    after = AfterStep(
+        job.folder / "checkpoints",
+        journal,
+        saver=saver,
+        stop=stop,
+        ledger=Ledger(config.data.max_bad_frac),
+        skips=Skips(config.train.max_skipped, journal.print),
+        every=Intervals(
+            save=parse_every("checkpoint.every", config.checkpoint.every) or Every(),
+            evaluate=parse_every("eval.every", config.eval.every) or Every(steps=job.steps.per_epoch),
+        ),
+        validate=validate,
+        validate_first=config.eval.base and not found.step,
+        select=config.eval.select,
+        best_is_lost=not found.best,
+        lag=host_lag(ranks),
+    )
+    loss = build_loss(config.loss.name, config.loss.duplicates)
+    module = ContrastiveModule(clip.model, encoder(clip), loss, config.optim, build_plan(job))
+    trainer = build_trainer(ranks, config.trainer.precision, after, saver)
+    try:
+        trainer.fit(module, batches(job, found.step), ckpt_path=found.path, weights_only=True)
+    except RuntimeError as error:
+        advice = out_of_memory(error, config, job.folder, ranks, job.micro_batch)
+        if advice is None:
+            raise
+        raise advice from error
+    saver.finish()
+    if stop.agreed:
+        journal.print(
+            f"Stopped at step {module.step} of {job.steps.total} ({stop.agreed}), saved. "
+            "The same command goes on from there."
+        )
+        tell(stopped=module.step)
+    meet(ranks)  # the others read what the first has written
+    return bool(stop.agreed)
+
+
+def build_plan(job: Job) -> Plan:
+    config, steps = job.config, job.steps
+    assert config.optim.lr is not None
+    return Plan(
         num_steps=steps.total,
         warmup_steps=steps.warmup,
         batch_size=config.train.batch_size,
-        micro_batch=config.train.micro_batch or config.train.batch_size,
+        micro_batch=job.micro_batch,
         lr=config.optim.lr,
         seed=config.train.seed,
+        train_batch_norm=config.train.batch_norm == "train",
     )
-    loader = train_loader(
-        splits.train,
+
+
+def batches(job: Job, start_step: int) -> DataLoader[Batch]:
+    """This rank's slices of the global batches, from this step to the end."""
+    config, measure, ranks = job.config, job.measure, job.measure.ranks
+    return train_loader(
+        job.units,
         augment=job.augment,
-        tokenize=tokenizer(clip, measure.trim),
+        tokenize=tokenizer(measure.clip, measure.trim),
         max_pixels=config.data.max_pixels,
         positives=config.loss.positives,
+        group=config.loss.group,
         seed=config.train.seed,
         batch_size=config.train.batch_size,
-        num_steps=steps.total,
+        num_steps=job.steps.total,
         rank=ranks.rank,
         world=ranks.world,
-        start_step=done,
+        start_step=start_step,
         workers=measure.workers,
         pin=ranks.device.type == "cuda",
     )
-    journal = Journal(
-        MetricsFile(folder / "metrics.csv", done) if ranks.first else None,
-        loggers,
-        partial(log, folder),
-        batch_size=config.train.batch_size,
-        num_steps=steps.total,
-        first_step=done,
-    )
-    after = AfterStep(
-        folder / "checkpoints",
-        journal,
-        save=Timer(parse_every("checkpoint.every", config.checkpoint.every) or Every()),
-        evaluate=Timer(parse_every("eval.every", config.eval.every) or Every(steps=steps.per_epoch)),
-        validate=validate,
-        validate_first=config.eval.base and not done,
-        select=config.eval.select,
-        keep=config.checkpoint.keep,
-        max_bad_frac=config.data.max_bad_frac,
-        lag=host_lag(ranks),
-    )
-    module = ContrastiveModule(clip.model, encoder(clip), config.optim, plan)
-    trainer = build_trainer(ranks, config.trainer.precision, after)
-    trainer.fit(module, loader, ckpt_path=folder / "checkpoints" / "last.ckpt" if done else None, weights_only=True)
-    if after.stop.agreed:
-        journal.print(f"Stopped at step {module.step} of {steps.total}, saved. The same command goes on from there.")
-    return after.stop.agreed
 
 
-def build_trainer(ranks: Ranks, precision: str | None, after: AfterStep) -> pl.Trainer:
+def account_of(folder: Path, config: Config, steps: Steps) -> dict[str, Any]:
+    """What became of the samples up to the last saved state."""
+    state = read_state(folder / "checkpoints" / "last.ckpt")["clipft"]
+    return account(state["ledger"], steps.num_units, config.train.batch_size, state["step"])
+
+
+def build_trainer(ranks: Ranks, precision: str | None, after: AfterStep, saver: Saver) -> pl.Trainer:
     """Lightning's Trainer for one pass over the loader, whose length is the whole run."""
     several = ranks.world > 1
     # Our process group stands already; Lightning joins it. Gradients live in DDP's buckets, not beside them.
     strategy = DDPStrategy(gradient_as_bucket_view=True) if several else "auto"
-    plugins: list[Any] = [AtomicCheckpointIO(), *([TorchElasticEnvironment()] if several else [])]
-    return pl.Trainer(
+    # Named, because under Slurm Lightning would take over the ranks and the signals.
+    environment = TorchElasticEnvironment() if several else LightningEnvironment()
+    trainer = pl.Trainer(
         accelerator={"cuda": "gpu"}.get(ranks.device.type, ranks.device.type),
         devices=ranks.local_world if several else 1,
         num_nodes=ranks.world // ranks.local_world,
         strategy=strategy,
         precision=precision or ranks.precision,  # pyright: ignore[reportArgumentType]
-        plugins=plugins,
+        plugins=[saver, environment],
         callbacks=[after],
         max_epochs=1,
         logger=False,
@@ -190,6 +256,16 @@ def build_trainer(ranks: Ranks, precision: str | None, after: AfterStep) -> pl.T
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    switch_off_stop_broadcast(trainer)
+    return trainer
+
+
+def switch_off_stop_broadcast(trainer: pl.Trainer) -> None:
+    """Saves a collective and a wait for the device per step: our reduction says who was asked to stop."""
+    loop = trainer.fit_loop.epoch_loop
+    if not callable(getattr(loop, STOP_BROADCAST, None)):
+        raise RuntimeError(f"this pytorch-lightning has no {STOP_BROADCAST}: see what its loop sends at each step now")
+    setattr(loop, STOP_BROADCAST, lambda: None)
 
 
 def encoder(clip: Clip):

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +24,9 @@ FREE = (
     "resume",
     "logger",
     "train.micro_batch",
+    "train.max_time",
+    "train.max_skipped",
+    "data.max_bad_frac",
     "data.workers",
     "checkpoint",
     "trainer.accelerator",
@@ -129,8 +132,8 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def log(folder: Path, text: str) -> None:
-    """Adds the text to the run's log.txt, with the time."""
-    with (folder / "log.txt").open("a", encoding="utf-8") as file:
+    """Adds the text to the run's log.txt, with the time, where the disk takes it: all of it is shown elsewhere too."""
+    with suppress(OSError), (folder / "log.txt").open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
 
 
@@ -143,12 +146,14 @@ def write_text(path: Path, text: str) -> None:
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Keys that matter for the result and have other values, with both."""
-    before, after = (
-        flat(OmegaConf.to_container(OmegaConf.structured(old))),
-        flat(OmegaConf.to_container(OmegaConf.structured(new))),
-    )
-    keys = [key for key in after if not any(key == free or key.startswith(f"{free}.") for free in FREE)]
-    return [(key, before.get(key), after[key]) for key in keys if before.get(key) != after[key]]
+    before, after = what_matters(old), what_matters(new)
+    return [(key, before.get(key), after[key]) for key in after if before.get(key) != after[key]]
+
+
+def what_matters(config: Config) -> dict[str, Any]:
+    """The settings that the result depends on, by dotted key."""
+    whole = flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    return {key: whole[key] for key in whole if not any(key == free or key.startswith(f"{free}.") for free in FREE)}
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -21,16 +21,17 @@ MODEL_CFG = {
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+RESNET_CFG = MODEL_CFG | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}}
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, model_cfg: dict[str, Any] = MODEL_CFG) -> Path:
     """A local open_clip folder with random weights."""
     from clipft.model.load import build, description
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        clip = build("small", MODEL_CFG, {})
+        clip = build("small", model_cfg, {})
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps(description(clip)))
     save_file(
@@ -87,13 +88,14 @@ def train_here(config: Config) -> tuple[int, Path]:
     """Settles and trains in this process; exit code and run folder."""
     from clipft import run
     from clipft.plan import resolve
+    from clipft.rank import stoppable
     from clipft.ranks import joined
     from clipft.rundir import load_config, settle
 
     path = settle(resolve(config)).path
     config = load_config(path / "config.yaml", Config)
-    with joined(config.trainer) as ranks:
-        return run.train(config, path, ranks), path
+    with stoppable() as stop, joined(config.trainer) as ranks:
+        return run.train(config, path, ranks, stop), path
 
 
 def outcome(path: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 from shards import write_shards, write_tar
 
-from clipft.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
-from clipft.plan import default_lr, resolve
+from clipft.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from clipft.data.split import load_splits
+from clipft.plan import check_batch_norm, count_steps, data_notes, default_lr, resolve, units_of
 from clipft.rundir import settle
 
 
@@ -38,6 +40,35 @@ def test_a_set_of_labels_is_refused_before_anything_starts(config, tmp_path):
     labels = replace(config, data=DataConfig(path=str(tmp_path / "labels")), train=TrainConfig(batch_size=2))
     with pytest.raises(ValueError, match=r"data\.train: none of the first 8 samples of labels has a caption"):
         resolve(labels)
+
+
+def test_a_group_that_no_sample_names_is_refused(config):
+    """The shards' key.json holds a caption and nothing else."""
+    grouped = replace(config, loss=LossConfig(positives="group", group="patient"))
+    with pytest.raises(ValueError, match=r"loss\.group='patient': none of the first 20 samples"):
+        resolve(grouped)
+
+
+def test_an_epoch_of_all_captions_counts_pairs(config, tmp_path):
+    write_tar(
+        tmp_path / "many" / "train-0.tar",
+        [(f"{i}.{k}", v) for i in range(9) for k, v in (("jpg", b"x"), ("txt", b"one\ntwo\nthree"))],
+    )
+    data = DataConfig(train=str(tmp_path / "many"), val=config.data.path, captions="all")
+    many = replace(config, data=data, train=TrainConfig(batch_size=4))
+    steps = count_steps(many, units_of(many, load_splits(data)))
+    assert (steps.num_units, steps.per_epoch) == (27, 6)
+    one = replace(many, data=replace(data, captions="one"))
+    assert count_steps(one, units_of(one, load_splits(one.data))).num_units == 9
+    assert "negatives of each other" in data_notes(many)[0] and data_notes(one) == []
+
+
+@pytest.mark.parametrize("world, micro, fits", [(1, 8, True), (2, 4, False), (1, 4, False)])
+def test_batch_norm_is_trained_on_whole_batches_only(config, world, micro, fits):
+    trained = replace(config, train=TrainConfig(batch_size=8, batch_norm="train"))
+    check_batch_norm(config, world, micro)
+    with nullcontext() if fits else pytest.raises(ValueError, match=r"train\.batch_norm=train needs the whole batch"):
+        check_batch_norm(trained, world, micro)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Whole runs: what they leave, what a kill costs, what ranks change."""
 
+import inspect
+import math
 import multiprocessing
 import os
 import signal
@@ -8,19 +10,25 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from ranks import on_ranks
-from small import make_config, make_data, make_model, outcome, train_here
+from safetensors.torch import load_file
+from small import RESNET_CFG, make_config, make_data, make_model, outcome, train_here
 
 from clipft import run
-from clipft.config import Config
+from clipft.config import Config, ExportConfig
 from clipft.learn.after_step import AfterStep
 from clipft.learn.checkpoint import saved_step
 from clipft.learn.metrics_file import read_rows
-from clipft.rundir import locked, read_results
+from clipft.learn.module import ContrastiveModule
+from clipft.learn.stop import StopRequest
+from clipft.plan import resolve
+from clipft.rundir import locked, read_results, settle
 
 pytestmark = pytest.mark.process
 
@@ -104,13 +112,10 @@ def on_rank(config: Config) -> int:
     from clipft.ranks import Ranks
 
     ranks = Ranks(torch.device("cpu"), int(os.environ["RANK"]), 2, 2, "32-true")
-    return run.train(config, Path(config.runs_dir) / str(config.name), ranks)
+    return run.train(config, Path(config.runs_dir) / str(config.name), ranks, StopRequest())
 
 
 def test_two_ranks_with_micro_batches_train_the_model_of_one(root, tmp_path):
-    from clipft.plan import resolve
-    from clipft.rundir import settle
-
     assert train_here(make_config(root, "name=one", "optim.eps=1e-6"))[0] == 0
     two = resolve(make_config(root, "name=two", "optim.eps=1e-6", "trainer.devices=2", "train.micro_batch=3"))
     settle(two)
@@ -208,3 +213,91 @@ def test_other_data_under_a_run_that_goes_on_are_refused(root):
     make_data(root / "second", num_train=48).rename(data)
     with pytest.raises(ValueError, match=r"the shards of train.* are not those"):
         train_here(config)
+
+
+def test_a_run_out_of_time_saves_and_goes_on_later(root):
+    config = make_config(root, "name=hurried", "train.max_time=0.0001s", "checkpoint.every=100", "eval.every=100")
+    path = Path(config.runs_dir) / "hurried"
+    for step in (1, 2):
+        assert in_child(lambda: train_here(config)[0]) == 143
+        assert saved_step(path / "checkpoints" / "last.ckpt") == step
+    assert "Stopped at step 2 of 6 (train.max_time), saved." in (path / "log.txt").read_text()
+    unhurried = replace(config, train=replace(config.train, max_time=None))
+    assert in_child(lambda: train_here(unhurried)[0]) == 0
+    train_here(replace(unhurried, name="calm"))
+    assert outcome(path)["weights"] == outcome(path.with_name("calm"))["weights"]
+
+
+def test_batch_norm_moves_only_where_it_is_asked_to(tmp_path):
+    make_model(tmp_path / "model", RESNET_CFG)
+    make_data(tmp_path / "data")
+    start = load_file(tmp_path / "model" / "open_clip_model.safetensors")
+    for setting in ("frozen", "train"):
+        _, path = train_here(make_config(tmp_path, f"name={setting}", f"train.batch_norm={setting}"))
+        end = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        moved = [not torch.equal(end[name], start[name]) for name in start if name.endswith("running_mean")]
+        assert moved and all(moved) == any(moved) == (setting == "train")
+        assert not torch.equal(end["visual.conv1.weight"], start["visual.conv1.weight"])
+    with pytest.raises(ValueError, match=r"train\.batch_norm=train needs the whole batch"):
+        train_here(make_config(tmp_path, "name=cut", "train.batch_norm=train", "train.micro_batch=4"))
+
+
+def test_training_batch_norm_that_is_not_there_is_refused(root):
+    with pytest.raises(ValueError, match=r"train\.batch_norm=train would be ignored"):
+        train_here(make_config(root, "name=without", "train.batch_norm=train"))
+
+
+def test_a_run_under_the_sigmoid_loss_resumes_evaluates_and_exports(root, tmp_path):
+    config = make_config(root, "name=sigmoid", "loss.name=siglip", "checkpoint.every=2")
+    assert in_child(lambda: train_and_die(config, 3, signal.SIGKILL)) == -signal.SIGKILL
+    assert in_child(lambda: train_here(config)[0]) == 0
+    _, calm = train_here(replace(config, name="sigmoid-calm"))
+    path = Path(config.runs_dir) / "sigmoid"
+    assert outcome(path) == outcome(calm)
+    state = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state["logit_bias"] != pytest.approx(-math.log(7))
+    assert run.export(ExportConfig(run=str(path), out=str(tmp_path / "out"))) == 0
+    exported = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    best = torch.load(path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(exported["logit_bias"], best["logit_bias"])
+
+
+def profiled(config: Config) -> dict[str, int]:
+    """Trains on this rank; what the second step sent, by the backend's names, and the number of DDP's buckets."""
+    found = {}
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    begin, end = ContrastiveModule.training_step, AfterStep.on_train_batch_end
+
+    def begin_watching(self, batch, batch_idx):
+        if self.step == 1:
+            profiler.__enter__()
+        return begin(self, batch, batch_idx)
+
+    def end_watching(self, trainer, module, outputs, batch, batch_idx):
+        end(self, trainer, module, outputs, batch, batch_idx)
+        if module.step == 2:
+            profiler.__exit__(None, None, None)
+            found["buckets"] = len(trainer.strategy.model.reducer._get_zeros_like_grad_buckets())
+
+    ContrastiveModule.training_step, AfterStep.on_train_batch_end = begin_watching, end_watching
+    on_rank(config)
+    return found | {each.key: each.count for each in profiler.key_averages() if each.key.startswith("gloo:")}
+
+
+def test_a_step_sends_three_gathers_one_reduction_and_ddps_buckets(root, tmp_path):
+    """Features with validity, ids, log-sum-exps; the record and the gradients. Nothing of Lightning's."""
+    rarely = ("eval.every=100", "checkpoint.every=100")
+    config = resolve(make_config(root, "name=sent", "trainer.devices=2", "train.micro_batch=3", *rarely))
+    settle(config)
+    for sent in on_ranks(2, tmp_path, profiled, config):
+        assert sent == {"gloo:all_gather": 3, "gloo:all_reduce": 1 + sent["buckets"], "buckets": sent["buckets"]}
+
+
+def test_lightning_still_has_the_broadcast_that_is_switched_off():
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert run.STOP_BROADCAST in inspect.getsource(type(trainer.fit_loop.epoch_loop).advance)
+    run.switch_off_stop_broadcast(trainer)
+    assert getattr(trainer.fit_loop.epoch_loop, run.STOP_BROADCAST)() is None
+    trainer.fit_loop.epoch_loop = object()
+    with pytest.raises(RuntimeError, match="this pytorch-lightning has no _broadcast_sigterm_tensor"):
+        run.switch_off_stop_broadcast(trainer)

@@ -1,4 +1,4 @@
-"""Members of a sample -> captions, and the key by which equal captions are known."""
+"""Members of a sample -> captions and group, and the ids by which equal ones are known."""
 
 import hashlib
 import json
@@ -56,7 +56,30 @@ def normalise_caption(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def group_of(members: dict[str, bytes], column: str) -> str | None:
+    """The group that this column of `json` names; None for samples without one.
+
+    Blank text and NaN name none: they are what csv files and pandas have in place of a missing value.
+    """
+    row = parse_json(members["json"]) if "json" in members else None
+    value = row.get(column) if isinstance(row, dict) else None
+    if isinstance(value, list | dict):
+        raise BadSample("bad_group")
+    if value is None or value != value:
+        return None
+    return str(value).strip() or None
+
+
 def caption_id(text: str) -> int:
-    """63-bit hash of the normalised text, the same on every machine; fits a signed 64-bit tensor."""
-    digest = hashlib.blake2b(normalise_caption(text).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """hash_id of the normalised text."""
+    return hash_id(normalise_caption(text).encode())
+
+
+def group_id(group: str) -> int:
+    """hash_id of the group's name, also of one with lone surrogates from JSON escapes."""
+    return hash_id(group.encode("utf-8", "surrogatepass"))
+
+
+def hash_id(raw: bytes) -> int:
+    """63-bit hash of these bytes, the same on every machine; fits a signed 64-bit tensor."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 1

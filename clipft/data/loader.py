@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipft.data.augment import Augment, apply_augment
-from clipft.data.caption import caption_id, captions_of
+from clipft.data.caption import caption_id, captions_of, group_id, group_of, hash_id
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
 from clipft.data.order import batch_at, rank_slice, rng_for
+from clipft.data.pairs import Units
 from clipft.data.sample import IMAGE_KINDS, BadSample, image_of
 
-CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and sample
+CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
 PREFETCH = 2  # steps that a worker prepares ahead
 READ = (*IMAGE_KINDS, "json", "txt")
 
@@ -88,33 +89,32 @@ class Steps(Sampler[int]):
 class TrainSteps(Dataset[Batch]):
     """Item s is this rank's slice of global step s, a pure function of s."""
 
-    samples: Samples
+    units: Units
     augment: Augment
     tokenize: Tokenize
     max_pixels: int
     positives: str
+    group: str | None
     seed: int
     batch_size: int
     rank: int
     world: int
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, indices = batch_at(self.seed, step, len(self.samples), self.batch_size)
-        indices = indices[rank_slice(self.batch_size, self.rank, self.world)]
+        epoch, units = batch_at(self.seed, step, len(self.units), self.batch_size)
+        units = units[rank_slice(self.batch_size, self.rank, self.world)]
         side = self.augment.size
-        pixels = torch.zeros(len(indices), side, side, 3, dtype=torch.uint8)
-        captions = [""] * len(indices)
-        ids = -1 - torch.from_numpy(indices)
-        keys = [self.samples.key(int(i)) for i in indices]
+        pixels = torch.zeros(len(units), side, side, 3, dtype=torch.uint8)
+        captions = [""] * len(units)
+        ids = -1 - torch.from_numpy(units)
+        keys = [self.units.key(u) for u in units.tolist()]
         bad: dict[int, str] = {}
-        for row, i in enumerate(indices.tolist()):
+        for row, u in enumerate(units.tolist()):
             try:
-                pixels[row], captions[row] = self.load(epoch, i)
+                pixels[row], captions[row], ids[row] = self.load(epoch, u)
             except BadSample as error:
                 bad[row] = error.reason
-                continue
-            ids[row] = caption_id(captions[row]) if self.positives == "caption" else i
-        valid = torch.tensor([row not in bad for row in range(len(indices))])
+        valid = torch.tensor([row not in bad for row in range(len(units))])
         return Batch(
             pixels=pixels,
             tokens=self.tokenize(captions).long(),
@@ -125,22 +125,41 @@ class TrainSteps(Dataset[Batch]):
             bad={keys[row]: reason for row, reason in bad.items()},
         )
 
-    def load(self, epoch: int, i: int) -> tuple[UInt8[Tensor, "S S 3"], str]:
-        """Augmented pixels and the caption drawn for this epoch."""
-        members = self.samples.read(i, READ)
+    def load(self, epoch: int, u: int) -> tuple[UInt8[Tensor, "S S 3"], str, int]:
+        """Augmented pixels, the caption and the id."""
+        i, number = self.units.at(u)
+        members = self.units.samples.read(i, READ)
         captions = captions_of(members)
-        caption = captions[int(rng_for(self.seed, epoch, i, CAPTION_STREAM).integers(len(captions)))]
+        if number is None:
+            number = int(rng_for(self.seed, epoch, u, CAPTION_STREAM).integers(len(captions)))
+        if number >= len(captions):
+            raise BadSample("no_caption")
+        caption = captions[number]
+        found = self.id_of(u, members, caption)
         pixels = decode_rgb(image_of(members), self.max_pixels)
-        return apply_augment(self.augment, pixels, rng_for(self.seed, epoch, i, AUGMENT_STREAM)), caption
+        return apply_augment(self.augment, pixels, rng_for(self.seed, epoch, u, AUGMENT_STREAM)), caption, found
+
+    def id_of(self, u: int, members: dict[str, bytes], caption: str) -> int:
+        """What rows that belong together share, by `loss.positives`; a sample without group stands alone."""
+        if self.positives == "caption":
+            return caption_id(caption)
+        if self.positives == "image":
+            return hash_id(image_of(members))
+        if self.positives == "group":
+            assert self.group is not None
+            group = group_of(members, self.group)
+            return self.units.at(u)[0] if group is None else group_id(group)
+        return u
 
 
 def train_loader(
-    samples: Samples,
+    units: Units,
     *,
     augment: Augment,
     tokenize: Tokenize,
     max_pixels: int,
     positives: str,
+    group: str | None,
     seed: int,
     batch_size: int,
     num_steps: int,
@@ -151,9 +170,9 @@ def train_loader(
     pin: bool,
 ) -> DataLoader[Batch]:
     """This rank's slices of the global steps start_step to num_steps - 1, in order; len() is num_steps."""
-    batch_at(seed, 0, len(samples), batch_size)  # raises for a batch that the samples or ranks cannot fill,
+    batch_at(seed, 0, len(units), batch_size)  # raises for a batch that the units or ranks cannot fill,
     rank_slice(batch_size, rank, world)  # before any process starts
-    dataset = TrainSteps(samples, augment, tokenize, max_pixels, positives, seed, batch_size, rank, world)
+    dataset = TrainSteps(units, augment, tokenize, max_pixels, positives, group, seed, batch_size, rank, world)
     return in_order(dataset, Steps(start_step, num_steps), workers, pin)
 
 

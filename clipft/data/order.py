@@ -1,4 +1,7 @@
-"""The order of samples as pure functions of seed, epoch and step: there is no state to save."""
+"""The order of an epoch's units as pure functions of seed, epoch and step: there is no state to save.
+
+A unit is a sample, or one of the pairs of image and caption where each pair counts (clipft.data.pairs).
+"""
 
 from functools import lru_cache
 from hashlib import blake2b
@@ -17,33 +20,39 @@ def rng_for(*key: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=1)
-def permutation(seed: int, epoch: int, num_samples: int) -> Int64[np.ndarray, " N"]:
-    """The order of all samples in this epoch.
+def permutation(seed: int, epoch: int, num_units: int) -> Int64[np.ndarray, " N"]:
+    """The order of all units in this epoch.
 
     Sorted raw bits: numpy promises that those stay the same in later versions, and not that
     Generator.permutation does (NEP 19).
     """
-    bits = rng_for(seed, epoch).bit_generator.random_raw(num_samples)
+    bits = rng_for(seed, epoch).bit_generator.random_raw(num_units)
     order = np.argsort(bits, kind="stable").astype(np.int64)
     order.setflags(write=False)
     return order
 
 
-def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+def steps_per_epoch(num_units: int, batch_size: int) -> int:
     """Whole global batches in an epoch; the remainder is another one each epoch and left out."""
-    if not 0 < batch_size <= num_samples:
+    if not 0 < batch_size <= num_units:
         raise ValueError(
-            f"train.batch_size={batch_size} is more than the {num_samples} training samples. "
+            f"train.batch_size={batch_size} is more than the {num_units} pairs of an epoch. "
             "Make it smaller or bring more data."
         )
-    return num_samples // batch_size
+    return num_units // batch_size
 
 
-def batch_at(seed: int, step: int, num_samples: int, batch_size: int) -> tuple[int, Int64[np.ndarray, " B"]]:
-    """Epoch and sample indices of global step `step`, counted from 0 over the whole run."""
-    epoch, place = divmod(step, steps_per_epoch(num_samples, batch_size))
-    order = permutation(seed, epoch, num_samples)
+def batch_at(seed: int, step: int, num_units: int, batch_size: int) -> tuple[int, Int64[np.ndarray, " B"]]:
+    """Epoch and units of global step `step`, counted from 0 over the whole run."""
+    epoch, place = divmod(step, steps_per_epoch(num_units, batch_size))
+    order = permutation(seed, epoch, num_units)
     return epoch, order[place * batch_size : (place + 1) * batch_size].copy()
+
+
+def left_out(seed: int, epoch: int, num_units: int, batch_size: int) -> Int64[np.ndarray, " R"]:
+    """The units that no batch of this epoch holds: the remainder below one batch."""
+    used = steps_per_epoch(num_units, batch_size) * batch_size
+    return permutation(seed, epoch, num_units)[used:].copy()
 
 
 def rank_slice(batch_size: int, rank: int, world: int) -> slice:

@@ -1,9 +1,8 @@
 """What follows each step: the ranks agree, the step is written down, validated, saved, stopped where that is due."""
 
 import math
-import signal
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clipft.config import Every
 from clipft.data.loader import Batch
-from clipft.learn.checkpoint import forget_old, point, step_path
+from clipft.learn.checkpoint import step_path
 from clipft.learn.gather import rank, world
 from clipft.learn.journal import Journal
+from clipft.learn.ledger import Ledger
 from clipft.learn.module import ContrastiveModule, StepRecord
-from clipft.learn.stop import StopRequest, Timer
+from clipft.learn.saver import Saver
+from clipft.learn.skips import Skips
+from clipft.learn.stop import STOPS, StopRequest, Timer
+from clipft.report import tell
 
 Validate = Callable[[], dict[str, float]]
-SEEN_BEFORE_JUDGING = 200  # one bad sample among the first few is no rate
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often what is done."""
+
+    save: Every
+    evaluate: Every
 
 
 @dataclass(frozen=True)
@@ -31,17 +42,18 @@ class Sums:
 
     record: StepRecord
     values: Tensor
+    keys: list[str]
     wait_s: float
     total_s: float
 
 
 @dataclass(frozen=True)
 class Due:
-    """What the ranks agreed to do after a step; `stop` is a signal number or 0."""
+    """What the ranks agreed to do after a step; `stop` is the reason, empty for none."""
 
     save: bool = False
     evaluate: bool = False
-    stop: int = 0
+    stop: str = ""
 
 
 class AfterStep(pl.Callback):
@@ -52,50 +64,54 @@ class AfterStep(pl.Callback):
         folder: Path,
         journal: Journal,
         *,
-        save: Timer,
-        evaluate: Timer,
+        saver: Saver,
+        stop: StopRequest,
+        ledger: Ledger,
+        skips: Skips,
+        every: Intervals,
         validate: Validate,
         validate_first: bool,
         select: str,
-        keep: int,
-        max_bad_frac: float,
+        best_is_lost: bool,
         lag: int,
     ):
         """`lag`: steps after which sums are read; 1 on a GPU, where they are there by then without waiting."""
-        self.folder, self.journal, self.save, self.evaluate = folder, journal, save, evaluate
-        self.validate, self.validate_first, self.select = validate, validate_first, select
-        self.keep, self.max_bad_frac, self.lag = keep, max_bad_frac, lag
-        self.stop = StopRequest()
+        self.folder, self.journal, self.saver, self.stop = folder, journal, saver, stop
+        self.ledger, self.skips = ledger, skips
+        self.save, self.evaluate = Timer(every.save), Timer(every.evaluate)
+        self.validate, self.validate_first, self.select, self.lag = validate, validate_first, select, lag
+        self.best_is_lost = best_is_lost
         self.best_step, self.best_value = 0, -math.inf
-        self.num_seen, self.num_dropped = 0, 0
-        self.reasons: Counter[str] = Counter()  # of this rank
         self.waiting: deque[Sums] = deque()
         self.start = self.end = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": [self.select, self.best_step, self.best_value],
-            "num_seen": self.num_seen,
-            "num_dropped": self.num_dropped,
-        }
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint.setdefault("clipft", {})
+        state |= {"best_step": self.best_step, "best_value": self.best_value, "select": self.select}
+        state["ledger"] = self.ledger.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        select, best_step, best_value = state_dict["best"]
-        if select == self.select:  # else the old best was the best of something else
-            self.best_step, self.best_value = best_step, best_value
-        self.num_seen, self.num_dropped = state_dict["num_seen"], state_dict["num_dropped"]
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint["clipft"]
+        if state["select"] == self.select and not self.best_is_lost:  # else it was the best of something else
+            self.best_step, self.best_value = state["best_step"], state["best_value"]
+        self.ledger.load_state_dict(state["ledger"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop.install()  # here, because Lightning has installed its own by now
+        self.stop.install()  # once more, because Lightning has installed its own by now
         if self.validate_first:
             value = select_value(self.validate(), self.select)
             self.journal.print(f"step 0/{self.journal.num_steps}  val {self.select} {value:.4f}")
         self.save.restart()
         self.evaluate.restart()
+        self.stop.stepping = True
         self.end = time.perf_counter()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.stop.uninstall()
+        self.stop.stepping = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -108,35 +124,40 @@ class AfterStep(pl.Callback):
         assert isinstance(pl_module, ContrastiveModule) and pl_module.record is not None
         record, now = pl_module.record, time.perf_counter()
         last = record.step == pl_module.plan.num_steps
-        self.waiting.append(Sums(record, self._sum(record, batch), self.start - self.end, now - self.end))
+        sums = Sums(record, self._sum(record, batch), batch.keys, self.start - self.end, now - self.end)
+        self.waiting.append(sums)
         due = self._read(leave=self.lag)
         evaluate = due.evaluate or self.evaluate.due_by_step(record.step) or last
-        save = due.save or due.stop > 0 or self.save.due_by_step(record.step) or last
+        save = due.save or bool(due.stop) or self.save.due_by_step(record.step) or last
+        reason = due.stop
         if evaluate or save:  # a saved state has all its rows on disk
-            self._read(leave=0)
+            reason = self._read(leave=0).stop or reason
         improved = evaluate and self._validate(pl_module, record.step)
         self.journal.write()
         if save or improved:
-            self._save(trainer, record.step)
-        if due.stop and not last:
-            self.stop.agreed = due.stop
+            self.ledger.meet()
+            trainer.save_checkpoint(step_path(self.folder, record.step))
+            self.save.restart()
+        if reason and (save or improved):
+            self.stop.agreed = reason
             trainer.should_stop = True
+        tell(step=record.step)
         self.end = time.perf_counter()
 
     def _sum(self, record: StepRecord, batch: Batch) -> Tensor:
-        """Loss, rows with shared positives, dropped samples, and the wishes to save, evaluate and stop."""
-        self.reasons.update(batch.dropped)
+        """Loss, rows with shared positives, used and dropped samples, skips, wishes to save, evaluate and stop."""
         first = rank() == 0  # durations run on one clock
+        wish = self.stop.wish()
         mine = [
-            sum(batch.dropped.values()),
+            self.ledger.see(batch),
             first and self.save.due_by_clock(),
             first and self.evaluate.due_by_clock(),
-            self.stop.received == signal.SIGTERM,
-            self.stop.received == signal.SIGINT,
+            *(wish == reason for reason in STOPS),
         ]
         gradients = record.gradients
         host = torch.tensor([float(value) for value in mine], device=gradients.loss.device)
-        values = torch.cat([torch.stack([gradients.loss, gradients.shared]), host])
+        device = [gradients.loss, gradients.shared, record.skipped, batch.valid.sum()]
+        values = torch.cat([torch.stack([value.float() for value in device]), host])
         if world() > 1:
             dist.all_reduce(values)
         return values
@@ -144,28 +165,21 @@ class AfterStep(pl.Callback):
     def _read(self, leave: int) -> Due:
         """Writes down all steps but the newest `leave`; returns what is due because of them."""
         save = evaluate = False
-        stop = 0
+        stop = ""
         while len(self.waiting) > leave:
             sums = self.waiting.popleft()
-            loss, shared, dropped, saves, evaluates, terminates, interrupts = sums.values.tolist()
+            loss, shared, skipped, used, dropped, saves, evaluates, *stops = sums.values.tolist()
             save, evaluate = save or saves > 0, evaluate or evaluates > 0
-            stop = signal.SIGTERM if terminates else signal.SIGINT if interrupts else stop
-            self.journal.step(sums.record, loss, int(shared), int(dropped), sums.wait_s, sums.total_s)
-            self.num_seen += self.journal.batch_size
-            self.num_dropped += int(dropped)
-            self._check_dropped()
+            stop = next((reason for reason, wishes in zip(STOPS, stops, strict=True) if wishes > 0), stop)
+            counts = {"shared_positives": int(shared), "dropped": int(dropped), "skipped": int(skipped > 0)}
+            self.journal.step(sums.record, loss, counts, sums.wait_s, sums.total_s)
+            self.ledger.add(int(used), int(dropped))
+            self.skips.add(sums.record, sums.keys, skipped > 0)
         return Due(save, evaluate, stop)
-
-    def _check_dropped(self) -> None:
-        if self.num_seen >= SEEN_BEFORE_JUDGING and self.num_dropped > self.max_bad_frac * self.num_seen:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(5))
-            raise ValueError(
-                f"{self.num_dropped} of the first {self.num_seen} samples could not be used ({reasons} on this rank), "
-                f"more than data.max_bad_frac={self.max_bad_frac}. Repair the data, or raise the limit."
-            )
 
     def _validate(self, module: ContrastiveModule, step: int) -> bool:
         """Adds the validation to the step's row; true when it is the best so far."""
+        self.saver.wait()  # loader processes are forked, and a lock that the writing thread holds would stay locked
         metrics = self.validate()
         module.train_mode()
         self.evaluate.restart()
@@ -177,16 +191,6 @@ class AfterStep(pl.Callback):
             step, metrics, f"{self.select} {value:.4f}", f"{self.best_value:.4f} at {self.best_step}"
         )
         return improved
-
-    def _save(self, trainer: pl.Trainer, step: int) -> None:
-        path = step_path(self.folder, step)
-        trainer.save_checkpoint(path)
-        if rank() == 0:
-            if self.best_step == step or not (self.folder / "best.ckpt").exists():
-                point(self.folder, "best", path)
-            point(self.folder, "last", path)
-            forget_old(self.folder, self.keep)
-        self.save.restart()
 
 
 def select_value(metrics: dict[str, float], select: str) -> float:

@@ -1,50 +1,149 @@
-"""Training states on disk: never half-written under their final name, never unpickled without restriction."""
+"""Training states on disk: whole under their final name or not there, checked before use, never unpickled freely."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from lightning_fabric.plugins import CheckpointIO
+from torch import nn
+
+from clipft.model.weights import check_archive, first_differences
+
+MANIFEST = "manifest.json"  # what is known of each state, for people and tools; loading does not depend on it
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside the target, syncs, renames; loads tensors and plain containers only."""
+class HashingFile:
+    """Passes bytes on to a file and keeps the hash of what was meant to be written."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, raw: bytes | memoryview) -> int:
+        self.sha256.update(raw)
+        return self.file.write(raw)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_state(state: dict[str, Any], target: Path) -> str:
+    """Writes beside the target, reads it back, renames; returns the sha256. A failure leaves what was there before."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with temporary.open("wb") as raw:
+            file = HashingFile(raw)
+            torch.save(state, file)  # pyright: ignore[reportArgumentType] -- write and flush are all it uses
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(raw.fileno())
+        with temporary.open("rb") as raw:
+            written = hashlib.file_digest(raw, "sha256").hexdigest()
+        if written != file.sha256.hexdigest():
+            raise OSError(f"{temporary} does not read back as it was written: the disk is not to be trusted")
         os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+    return written
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises half a dozen types for a damaged file
-            raise ValueError(
-                f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not one of ours. "
-                f"Use another one, or resume=restart to begin again."
-            ) from error
 
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+def read_state(path: Path) -> dict[str, Any]:
+    """The state, with every byte checked; raises ValueError for a file that is damaged or none of ours."""
+    check_archive(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if {"clipft", "state_dict", "optimizer_states"} - state.keys():
+            raise KeyError("clipft, state_dict or optimizer_states is missing")
+        return state
+    except Exception as error:  # torch raises half a dozen types for what is not its own
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path} is none of our training states ({type(error).__name__}: {reason}).") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in the folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a run stands."""
+
+    step: int = 0
+    path: str | None = None
+    """The state to go on from; None: from the beginning."""
+    notes: list[str] = field(default_factory=list)
+    """What was found damaged, and what is used in its place."""
+    best: bool = True
+    """Whether best.ckpt can be used, where there should be one."""
+
+
+def find_state(folder: Path, model: nn.Module) -> Found:
+    """The newest state that is whole and of this model; damaged ones are put aside under another name."""
+    notes: list[str] = []
+    best = folder / "best.ckpt"
+    best_is_good = not best.exists() or not put_aside_if_bad(best, model, notes)
+    last = folder / "last.ckpt"
+    candidates = [path for path in [*reversed(step_paths(folder)), last] if path.exists()]
+    for path in candidates:
+        if put_aside_if_bad(path, model, notes):
+            continue
+        if not (last.exists() and last.samefile(path)):
+            point(folder, "last", path)
+        if notes:
+            notes.append(f"Going on from {path.name}, step {saved_step(path)}.")
+        return Found(saved_step(path), str(path), notes, best_is_good)
+    if candidates:
+        raise ValueError(
+            f"{folder} has no state to go on from: {' '.join(notes)} Use resume=restart to begin again, or put an "
+            "undamaged copy there as last.ckpt."
+        )
+    return Found(notes=notes, best=best_is_good)
+
+
+def put_aside_if_bad(path: Path, model: nn.Module, notes: list[str]) -> bool:
+    """Whether the state cannot be used; then it is renamed, so that no later step takes it for a good one."""
+    problem = problem_of(path, model)
+    if problem is None:
+        return False
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(path, aside)
+    notes.append(f"{problem} It is now called {aside.name}.")
+    return True
+
+
+def problem_of(path: Path, model: nn.Module) -> str | None:
+    """Why the state cannot be used, in one sentence; None when it can."""
+    try:
+        differences = first_differences(model, read_state(path)["state_dict"])
+    except ValueError as error:
+        return str(error)
+    return f"{path} holds the weights of another model: {differences}." if differences else None
 
 
 def saved_step(path: Path) -> int:
     """The step of a saved state; 0 where there is none."""
-    if not path.exists():
-        return 0
-    return AtomicCheckpointIO().load_checkpoint(path)["clipft"]["step"]
+    return torch.load(path, weights_only=True, mmap=True)["clipft"]["step"] if path.exists() else 0
 
 
 def step_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}.ckpt"
+
+
+def step_paths(folder: Path) -> list[Path]:
+    """The saved states, oldest first."""
+    return [step_path(folder, step) for step in saved_steps(folder)]
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -70,3 +169,23 @@ def forget_old(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` saved states; last.ckpt and best.ckpt are names of their own."""
     for step in saved_steps(folder)[:-keep]:
         step_path(folder, step).unlink(missing_ok=True)
+
+
+def clean(folder: Path) -> None:
+    """Removes what a killed run was in the middle of writing; the folder must be locked."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def note_in_manifest(folder: Path, names: list[str], entry: dict[str, Any]) -> None:
+    """Describes the state of these names in manifest.json; names whose files are gone leave it."""
+    path = folder / MANIFEST
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError):
+        entries = {}
+    entries |= dict.fromkeys(names, entry | {"saved_at": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"})
+    entries = {name: value for name, value in sorted(entries.items()) if (folder / name).exists()}
+    temporary = folder / f".{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,5 +1,7 @@
 """Rows of all ranks, in rank order."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
@@ -37,3 +39,12 @@ def gather_known_rows(rows: Shaped[Tensor, " b *rest"], counts: list[int]) -> Sh
     everyone = rows.new_empty((len(counts) * longest, *rows.shape[1:]))
     dist.all_gather_into_tensor(everyone, padded)
     return torch.cat([everyone[r * longest : r * longest + count] for r, count in enumerate(counts)])
+
+
+def all_objects(mine: Any) -> list[Any]:
+    """What each rank brought, in the order of ranks; plain values, for rare and small things."""
+    if world() == 1:
+        return [mine]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, mine)
+    return found

@@ -1,6 +1,5 @@
 """Where a run's numbers go: metrics.csv, the terminal, loggers. Only rank 0 has one that writes."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,24 +23,25 @@ class Journal:
         log: Callable[[str], None],
         *,
         batch_size: int,
+        chance: float,
         num_steps: int,
         first_step: int,
     ):
         """`file` None makes a silent journal, for ranks other than 0; `log` adds a line to the run's log."""
         self.file, self.loggers, self.log = file, loggers, log
+        self.chance = chance  # the loss of a model that knows nothing
         self.batch_size, self.num_steps, self.first_step = batch_size, num_steps, first_step
         self.rows: dict[int, dict[str, float]] = {}
         self.began = self.shown = self.logged = time.monotonic()
         self.wait_s = self.total_s = 0.0
         self.since, self.num_dropped = first_step, 0
+        self.refused = False
         self.draws = sys.stderr.isatty()
 
-    def step(self, record: StepRecord, loss: float, shared: int, dropped: int, wait_s: float, total_s: float) -> None:
-        self.wait_s, self.total_s, self.num_dropped = (
-            self.wait_s + wait_s,
-            self.total_s + total_s,
-            self.num_dropped + dropped,
-        )
+    def step(self, record: StepRecord, loss: float, counts: dict[str, int], wait_s: float, total_s: float) -> None:
+        """Takes down a step; `counts` are sums over ranks, such as the dropped samples."""
+        self.wait_s, self.total_s = self.wait_s + wait_s, self.total_s + total_s
+        self.num_dropped += counts["dropped"]
         if self.file is None:
             return
         self.rows[record.step] = {
@@ -49,8 +49,7 @@ class Journal:
             "train/scale": float(record.scale),
             "train/lr": record.lr,
             "train/grad_norm": float(record.norm),
-            "train/shared_positives": shared,
-            "train/dropped": dropped,
+            **{f"train/{name}": count for name, count in counts.items()},
             "train/samples_per_s": self.batch_size / total_s,
             "train/data_wait_frac": wait_s / total_s,
         }
@@ -66,8 +65,9 @@ class Journal:
         if self.file is None:
             return
         now = time.monotonic()
-        for step, row in self.rows.items():
-            self.file.append(step, row)
+        for step, row in list(self.rows.items()):
+            if not self._append(step, row):
+                return
             if (
                 now - self.logged >= LOG_EVERY_S
                 or step == self.num_steps
@@ -77,7 +77,20 @@ class Journal:
                 self.logged = now
             if now - self.shown >= (DRAW_EVERY_S if self.draws else LINE_EVERY_S) or step == self.num_steps:
                 self._show(step, row, now)
-        self.rows.clear()
+
+    def _append(self, step: int, row: dict[str, float]) -> bool:
+        """Puts a row on disk; where the disk refuses, it waits in memory and training goes on."""
+        assert self.file is not None
+        try:
+            self.file.append(step, row)
+        except OSError as error:
+            if not self.refused:
+                self.print(f"warning: {self.file.path} cannot be written ({error}); rows wait in memory")
+            self.refused = True
+            return False
+        self.refused = False
+        del self.rows[step]
+        return True
 
     def print(self, text: str) -> None:
         if self.file is not None:
@@ -91,7 +104,7 @@ class Journal:
         speed = (step - self.since) * self.batch_size / self.total_s if self.total_s else 0.0
         left_s = (self.num_steps - step) * (now - self.began) / max(1, step - self.first_step)
         line = (
-            f"step {step}/{self.num_steps}  loss {row['train/loss']:.3f} (chance {math.log(self.batch_size):.3f})  "
+            f"step {step}/{self.num_steps}  loss {row['train/loss']:.3f} (chance {self.chance:.3f})  "
             f"scale {row['train/scale']:.1f}  lr {row['train/lr']:.2e}  {speed:.0f} samples/s  "
             f"data wait {100 * self.wait_s / max(self.total_s, 1e-9):.0f}%  eta {clock(left_s)}"
         ) + (f"  dropped {self.num_dropped}" if self.num_dropped else "")

@@ -1,6 +1,7 @@
 """metrics.csv: one row per step, a column per metric."""
 
 import csv
+import errno
 import io
 import os
 from pathlib import Path
@@ -20,11 +21,24 @@ class MetricsFile:
     def append(self, step: int, metrics: dict[str, float]) -> None:
         new = [name for name in metrics if name not in self.columns]
         if new:
-            self.columns += new
-            self._rewrite(read_rows(self.path))
+            self._add_columns(new)
         row = {"step": str(step), **{name: f"{value:.9g}" for name, value in metrics.items()}}
-        with self.path.open("a", newline="") as file:
-            file.write(self._line(row))
+        line = self._line(row).encode()
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(line) != len(
+                line
+            ):  # a nearly full disk takes part of it; the next line would be glued to that
+                os.truncate(self.path, size)
+                raise OSError(errno.ENOSPC, "no room for a whole line", str(self.path))
+
+    def _add_columns(self, new: list[str]) -> None:
+        before, self.columns = self.columns, self.columns + new
+        try:
+            self._rewrite(read_rows(self.path))
+        except OSError:
+            self.columns = before
+            raise
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         temporary = self.path.with_name(f".{self.path.name}.tmp")

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipft.config import OptimConfig
 from clipft.data.loader import Batch
-from clipft.learn.losses import LocalGradients
+from clipft.learn.losses import LocalGradients, Loss
 from clipft.learn.optimizer import build_optimizer, gradient_norm, scale_gradients
 from clipft.learn.schedule import lr_at
 from clipft.learn.step import Encode, contrastive_backward
@@ -30,6 +30,7 @@ class Plan:
     micro_batch: int
     lr: float
     seed: int
+    train_batch_norm: bool
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,29 @@ class StepRecord:
     gradients: LocalGradients
     scale: Tensor
     norm: Tensor
+    skipped: Tensor
+    """Whether the gradients were not finite and the weights stayed as they were; the same on all ranks."""
 
 
-def freeze_unused(model: nn.Module) -> None:
+def freeze_unused(model: nn.Module, loss: str) -> None:
     """Freezes what the loss does not see: DDP waits for the gradient of every parameter that wants one."""
-    if getattr(model, "logit_bias", None) is not None:
+    if loss == "clip" and getattr(model, "logit_bias", None) is not None:
         model.logit_bias.requires_grad_(False)
 
 
+def train_mode(model: nn.Module, batch_norm: bool) -> None:
+    """Training mode, but for BatchNorm unless asked: its statistics depend on how the batch is cut."""
+    model.train()
+    for child in model.modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.train(batch_norm)
+
+
 class ContrastiveModule(pl.LightningModule):
-    def __init__(self, model: nn.Module, encode: Encode, optim: OptimConfig, plan: Plan):
+    def __init__(self, model: nn.Module, encode: Encode, loss: Loss, optim: OptimConfig, plan: Plan):
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.encode, self.optim, self.plan = model, encode, optim, plan
+        self.model, self.encode, self.loss, self.optim, self.plan = model, encode, loss, optim, plan
         self.step = 0  # completed steps; Lightning's global_step counts optimizer.step(), not what the data are at
         self.record: StepRecord | None = None
 
@@ -67,11 +78,7 @@ class ContrastiveModule(pl.LightningModule):
         self.train_mode()
 
     def train_mode(self) -> None:
-        """Training mode, but for BatchNorm: its statistics would depend on how the batch is cut."""
-        self.model.train()
-        for child in self.model.modules():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                child.eval()
+        train_mode(self.model, self.plan.train_batch_norm)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=True)
@@ -81,7 +88,9 @@ class ContrastiveModule(pl.LightningModule):
         gradients = contrastive_backward(
             self.encode,
             self.logit_scale,
+            getattr(self.model, "logit_bias", None),
             batch,
+            loss=self.loss,
             batch_size=self.plan.batch_size,
             micro_batch=self.plan.micro_batch,
             seed=(self.plan.seed, self.step),
@@ -89,10 +98,14 @@ class ContrastiveModule(pl.LightningModule):
             no_sync=self._no_sync,
         )
         norm = self._clip(self.optim.max_norm)
+        skipped = ~torch.isfinite(norm)  # alike on all ranks, because DDP has summed the gradients
+        # Fused AdamW leaves weights, moments and its step count alone where this is 1, and nobody waits for it.
+        # With a scaler (fp16) Lightning sets the same from the scaler's own look at the gradients.
+        optimizer.optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
         self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         self.step += 1
-        self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm)
+        self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm, skipped)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -126,7 +139,7 @@ class ContrastiveModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = self.model.state_dict()  # under open_clip's names
-        checkpoint["clipft"] = {"step": self.step}
+        checkpoint.setdefault("clipft", {})["step"] = self.step
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clipft.data.loader import Batch
 from clipft.data.order import rank_slice
 from clipft.learn.gather import gather_known_rows, rank, world
-from clipft.learn.losses import LocalGradients, Pairs, info_nce
+from clipft.learn.losses import LocalGradients, Loss, Pairs
 
 Encode = Callable[[Batch], tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]]
 
@@ -24,8 +24,10 @@ Encode = Callable[[Batch], tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]]
 def contrastive_backward(
     encode: Encode,
     logit_scale: nn.Parameter,
+    logit_bias: nn.Parameter | None,
     batch: Batch,
     *,
+    loss: Loss,
     batch_size: int,
     micro_batch: int,
     seed: tuple[int, ...],
@@ -40,19 +42,24 @@ def contrastive_backward(
     with nullcontext() if len(micros) == 1 else torch.no_grad():
         features = [_encode_seeded(encode, micro, (*seed, rank(), k)) for k, micro in enumerate(micros)]
     image, text = (torch.cat([pair[side].detach() for pair in features]) for side in (0, 1))
-    local = Pairs(image, text, batch.ids, batch.valid)
-    scale = logit_scale.detach().float().exp()
-    counts = [len(range(*rank_slice(batch_size, r, world()).indices(batch_size))) for r in range(world())]
+    slices = [rank_slice(batch_size, r, world()) for r in range(world())]
+    counts = [part.stop - part.start for part in slices]
+    local = Pairs(image, text, batch.ids, batch.valid, start=slices[rank()].start)
+    scale = logit_scale.detach().float().exp().squeeze()
+    bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.detach().float().squeeze()
     with torch.autocast(image.device.type, enabled=False):  # scores and their sums are fp32 at any precision
-        gradients = info_nce(local, gather_pairs(local, counts), scale, partial(gather_known_rows, counts=counts))
+        everyone = gather_pairs(local, counts)
+        gradients = loss(local, everyone, scale, bias, partial(gather_known_rows, counts=counts))
     start = 0
     for k, micro in enumerate(micros):
         stop, last = start + len(micro), k == len(micros) - 1
         with nullcontext() if last else no_sync():
             pair = features[0] if len(micros) == 1 else _encode_seeded(encode, micro, (*seed, rank(), k))
             surrogate = (pair[0] * gradients.image[start:stop]).sum() + (pair[1] * gradients.text[start:stop]).sum()
-            if last:  # the scale's partial enters once; it stays in this graph because DDP waits for it
-                surrogate = surrogate + logit_scale * gradients.log_scale
+            if last:  # these partials enter once; they stay in this graph because DDP waits for them
+                surrogate = surrogate + (logit_scale * gradients.log_scale).sum()
+                if logit_bias is not None:
+                    surrogate = surrogate + (logit_bias * gradients.bias).sum()
             backward(surrogate * world())  # DDP averages over ranks, the partials are to be summed
         start = stop
     return gradients

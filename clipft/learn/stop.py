@@ -8,6 +8,9 @@ from typing import Any
 
 from clipft.config import Every
 
+# Why a run stops before its end, in the order of precedence, with its exit code.
+STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "train.max_time": 143}
+
 
 class Timer:
     """Tells when something is due again; durations run on this process's clock."""
@@ -26,21 +29,39 @@ class Timer:
 
 
 class StopRequest:
-    """Remembers a stop signal until all ranks have agreed on it; a second Ctrl-C ends at once."""
+    """Remembers a stop signal until all ranks have agreed on it; a second Ctrl-C ends at once.
+
+    SIGUSR1 is how Slurm announces the end of a job's time (sbatch --signal=USR1@120).
+    """
 
     def __init__(self) -> None:
-        self.received = 0
-        self.agreed = 0
+        self.began = time.monotonic()
+        self.limit_s: float | None = None
+        self.received = ""
+        self.agreed = ""
+        self.stepping = False  # outside of training steps there is nothing to save, and a signal ends at once
         self.before: dict[int, Any] = {}
 
     def install(self) -> None:
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Takes the signals over, also from whoever has taken them since the last time."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.before.setdefault(number, signal.signal(number, self._receive))
 
     def uninstall(self) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
+
+    def wish(self) -> str:
+        """Why this process would stop: a key of STOPS, or nothing."""
+        out_of_time = self.limit_s is not None and time.monotonic() - self.began >= self.limit_s
+        return self.received or ("train.max_time" if out_of_time else "")
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if number == self.received == signal.SIGINT:
-            os._exit(128 + signal.SIGINT)  # Lightning would turn an exception into another exit code
-        self.received = number
+        name = signal.Signals(number).name
+        if name == self.received == "SIGINT":
+            os._exit(STOPS[name])  # Lightning would turn an exception into another exit code
+        self.received = name
+        if not self.stepping:
+            self.agreed = name
+            raise SystemExit(STOPS[name])

@@ -1,6 +1,7 @@
 """ModelConfig -> a CLIP of open_clip with its tokenizer and transform, on the CPU in fp32."""
 
 import json
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -10,13 +11,14 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipft.config import ModelConfig
 from clipft.model.encode import OpenClip
 from clipft.model.names import FOLDER_CONFIG, architecture_cfg, check_model, check_towers, clean_tag, kind_of
 from clipft.model.weights import find_tag_weights, load_exactly, load_with_open_clip, read_checkpoint
 
+SIGLIP_SCALE = 10.0
 RUN_CONFIG = "model.json"  # of a run directory: the same content as open_clip_config.json
 
 
@@ -50,6 +52,22 @@ def load_model(config: ModelConfig, seed: int) -> Clip:
         if kind == "folder":
             return from_folder(config.name)
         return from_architecture(config.name, config.pretrained, seed)
+
+
+def add_bias(clip: Clip, batch_size: int) -> None:
+    """Gives a model without logit_bias the scale and bias that a sigmoid loss starts well from, now and when rebuilt.
+
+    The bias is the log odds of a pair drawn at random, one right text among batch_size. SigLIP starts from the same
+    scale and, for batches of 32k, nearly the same bias (Zhai et al. 2023, sec. 3.2: 10 and -10).
+    """
+    if clip.model.logit_bias is not None:
+        return
+    scale, bias = math.log(SIGLIP_SCALE), -math.log(batch_size - 1)
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(scale)
+    clip.model.logit_bias = nn.Parameter(torch.full_like(clip.model.logit_scale, bias))
+    clip.model_cfg |= {"init_logit_scale": scale, "init_logit_bias": bias}
+    clip.notes.append(f"new logit_bias of {bias:.2f} and scale of {SIGLIP_SCALE:g}, for loss.name=siglip")
 
 
 def from_architecture(name: str, tag: str | None, seed: int) -> Clip:

@@ -1,6 +1,7 @@
 """Weight files -> tensors in a model; a file that is missing, damaged or another model's is named."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -72,10 +73,26 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         there = ", ".join(sorted(other.stem for other in path.parent.glob("*.ckpt"))) or "none"
         raise ValueError(f"model.checkpoint: {path} does not exist. In {path.parent} there are: {there}.")
+    check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise ValueError(unreadable(path, error)) from error
+
+
+def check_archive(path: Path) -> None:
+    """Raises unless every byte that torch.save wrote is there as it was (the zip format keeps a CRC of each part).
+
+    torch.load itself does not look at them: a flipped bit in a tensor would load as another weight.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises half a dozen types, by where the damage lies
+        size = path.stat().st_size
+        raise ValueError(f"{path} is damaged: {size:,} bytes that are no whole archive ({error}).") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: the bytes of {damaged} are not those that were written.")
 
 
 def unreadable(path: Path, error: Exception) -> str:

@@ -1,9 +1,11 @@
 import json
+import shutil
+import subprocess
 import time
 
 import pytest
 
-from clipft.data.caption import caption_id, captions_of, normalise_caption
+from clipft.data.caption import caption_id, captions_of, group_id, group_of, hash_id, normalise_caption
 from clipft.data.sample import BadSample
 
 
@@ -86,3 +88,36 @@ def test_a_caption_of_a_megabyte_takes_no_time():
     captions = captions_of({"txt": text.encode()})
     caption_id(captions[0])
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    "value, group",
+    [("7", "7"), (" red shoe\n", "red shoe"), (7, "7"), (7.5, "7.5"), (True, "True"), (False, "False"), (0, "0")],
+)
+def test_the_group_of_a_sample_is_its_column_as_text(value, group):
+    assert group_of(as_json({"product": value, "caption": "a dog"}), "product") == group
+
+
+@pytest.mark.parametrize("row", [{"product": None}, {"product": " "}, {"product": float("nan")}, {}, ["product"], None])
+def test_a_sample_whose_column_names_nothing_has_no_group(row):
+    assert group_of(as_json(row), "product") is None
+    assert group_of({"txt": b"a dog"}, "product") is None
+
+
+@pytest.mark.parametrize("value", [["7"], [], {"id": 7}, {}])
+def test_lists_and_objects_are_no_groups(value):
+    with pytest.raises(BadSample, match="bad_group"):
+        group_of(as_json({"product": value}), "product")
+
+
+def test_groups_have_ids_of_63_bits_that_differ_as_their_names_do():
+    names = ["7", "7.0", "a", "A", "\ud800", "\ud801", *(f"group {i}" for i in range(5000))]
+    assert len({group_id(name) for name in names}) == len(names)
+    assert all(0 <= group_id(name) < 2**63 for name in names)
+
+
+@pytest.mark.skipif(not shutil.which("b2sum"), reason="b2sum")
+def test_ids_are_the_first_eight_bytes_of_blake2b_without_the_lowest_bit():
+    raw = b"\xff\xd8 a file"
+    digest = subprocess.run(["b2sum", "--length=64"], input=raw, capture_output=True, check=True).stdout.split()[0]
+    assert hash_id(raw) == sum(byte << 8 * place for place, byte in enumerate(bytes.fromhex(digest.decode()))) // 2

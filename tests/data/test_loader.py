@@ -1,10 +1,13 @@
 import io
+import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shards import jpeg, pairs, write_shards, write_tar
+from shards import Members, jpeg, pairs, write_shards, write_tar
 from torch import Tensor
 
 from clipft.data.augment import Augment, apply_augment
-from clipft.data.caption import caption_id
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples, index_shards
 from clipft.data.loader import Batch, eval_images, train_loader
-from clipft.data.order import batch_at
+from clipft.data.order import left_out, permutation
+from clipft.data.pairs import Units, build_units
 
 STRONG = Augment(16, 0.9, 5.0, 0.5, "bicubic", "shortest", (0, 0, 0))
 PLAIN = replace(STRONG, crop_min=1.0, affine_degrees=0.0, flip_prob=0.0)
@@ -36,12 +39,19 @@ def text_of(tokens: Tensor) -> str:
     return bytes(tokens.tolist()).rstrip(b"\0").decode()
 
 
-def batches(samples: Samples, **changes: Any) -> Iterator[Batch]:
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def batches(samples: Samples | Units, **changes: Any) -> Iterator[Batch]:
+    units = samples if isinstance(samples, Units) else build_units(samples, "one")
     options: dict[str, Any] = {
         "augment": STRONG,
         "tokenize": tokenize,
         "max_pixels": 10_000,
         "positives": "caption",
+        "group": None,
         "seed": 3,
         "batch_size": 7,
         "num_steps": 8,
@@ -51,7 +61,7 @@ def batches(samples: Samples, **changes: Any) -> Iterator[Batch]:
         "workers": 0,
         "pin": False,
     }
-    return iter(train_loader(samples, **options | changes))
+    return iter(train_loader(units, **options | changes))
 
 
 def joined(parts: list[Batch]) -> tuple:
@@ -71,12 +81,89 @@ def undisturbed(samples: Samples) -> list[tuple]:
     return [joined([batch]) for batch in batches(samples)]
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (2, 0), (2, 2), (3, 0), (3, 1)])
-def test_ranks_and_workers_do_not_change_the_global_batches(
-    samples: Samples, undisturbed: list[tuple], world: int, workers: int
-):
-    ranks = [batches(samples, rank=rank, world=world, workers=workers) for rank in range(world)]
-    assert [joined(list(parts)) for parts in zip(*ranks, strict=True)] == undisturbed
+def uneven_members(first: int, count: int) -> Members:
+    """Members of samples with one to three captions, of which some cannot be used."""
+    members: Members = []
+    for i in range(first, first + count):
+        text = "" if i % 11 == 5 else "\n".join(f"{i} {number}" for number in range(1 + i % 3))
+        members += [(f"{i:05d}.jpg", jpeg(i)[: 300 if i % 7 == 3 else None]), (f"{i:05d}.txt", text.encode())]
+    return members
+
+
+UNUSABLE = {f"{i:05d}" for i in range(40) if i % 11 == 5 or i % 7 == 3}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """A shard of 30 samples and one of 10."""
+    folder = tmp_path_factory.mktemp("uneven")
+    shards = [(f"{name}.tar", uneven_members(*part)) for name, part in (("a", (0, 30)), ("b", (30, 10)))]
+    return index_shards([write_tar(folder / name, members) for name, members in shards])
+
+
+def split_up(batch: Batch, rows: int) -> Batch:
+    """The batch put together again from its micro-batches."""
+    pieces = batch.split(rows)
+    tensors = {name: torch.cat([getattr(p, name) for p in pieces]) for name in ("pixels", "tokens", "valid", "ids")}
+    dropped = sum((Counter(piece.dropped) for piece in pieces), Counter())
+    bad = {key: reason for piece in pieces for key, reason in piece.bad.items()}
+    return Batch(**tensors, keys=[key for piece in pieces for key in piece.keys], dropped=dropped, bad=bad)
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker:UserWarning")  # on fewer cores than that
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_ranks_workers_and_micro_batches_do_not_change_the_global_batches(uneven: Samples, captions: str):
+    units, options = build_units(uneven, captions), {"batch_size": 9, "num_steps": 18}
+    expected = list(batches(units, **options))
+    assert 18 * 9 > 2 * len(units) and not all(batch.valid.all() for batch in expected)
+    for world in (1, 2, 3, 4):
+        for workers in (0, 1, 2, 3):
+            ranks = [batches(units, **options, rank=rank, world=world, workers=workers) for rank in range(world)]
+            for whole, parts in zip(expected, zip(*ranks, strict=True), strict=True):
+                parts = [split_up(part, 1 + workers) for part in parts]
+                assert joined(list(parts)) == joined([whole])
+                assert {key: why for part in parts for key, why in part.bad.items()} == whole.bad
+                assert sum((Counter(part.dropped) for part in parts), Counter()) == whole.dropped
+
+
+@pytest.mark.parametrize("case", range(36))
+def test_over_ranks_and_restarts_the_keys_come_in_the_same_order(uneven: Samples, case: int):
+    draw = random.Random(case)
+    units = build_units(uneven, draw.choice(["one", "all"]))
+    size = draw.randint(4, len(units) // 2)
+    num_steps = 3 * (len(units) // size)
+    starts = sorted({0, *(draw.randrange(num_steps) for _ in range(draw.randint(0, 3)))})
+    found = []
+    for start, stop in zip(starts, [*starts[1:], num_steps], strict=True):
+        world = draw.randint(1, 4)
+        options = {"batch_size": size, "start_step": start, "num_steps": stop, "seed": case, "augment": PLAIN}
+        ranks = [batches(units, rank=rank, world=world, **options) for rank in range(world)]
+        found += [key for parts in zip(*ranks, strict=True) for part in parts for key in part.keys]
+    orders = [permutation(case, epoch, len(units)).tolist() for epoch in range(3)]
+    assert found == [units.key(u) for order in orders for u in order[: len(order) // size * size]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_what_is_indexed_is_what_was_used_dropped_and_left_out(uneven: Samples, captions: str, world: int):
+    units, size = build_units(uneven, captions), 12
+    indexed = Counter(units.key(u) for u in range(len(units)))
+    assert len(units) == (40 if captions == "one" else sum(1 if i % 11 == 5 else 1 + i % 3 for i in range(40)))
+    per_epoch, remainders = len(units) // size, set()
+    options = {"batch_size": size, "num_steps": 3 * per_epoch, "world": world, "augment": PLAIN}
+    parts = list(zip(*(batches(units, rank=rank, **options) for rank in range(world)), strict=True))
+    for epoch in range(3):
+        used, dropped = Counter(), Counter()
+        for part in (part for step in parts[epoch * per_epoch : (epoch + 1) * per_epoch] for part in step):
+            used.update(key for key, valid in zip(part.keys, part.valid.tolist(), strict=True) if valid)
+            dropped.update(list(part.bad))
+            assert sum(part.dropped.values()) == len(part.bad) == int((~part.valid).sum())
+        remainder = Counter(units.key(u) for u in left_out(3, epoch, len(units), size).tolist())
+        assert used + dropped + remainder == indexed and set(indexed.values()) == {1}
+        assert {key[2:7] for key in dropped} <= UNUSABLE and not {key[2:7] for key in used} & UNUSABLE
+        remainders.add(frozenset(remainder))
+    assert len(remainders) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -91,13 +178,15 @@ def test_the_loader_is_as_long_as_the_whole_run_wherever_it_starts(samples: Samp
     options = {
         "max_pixels": 1,
         "positives": "pair",
+        "group": None,
         "seed": 0,
         "batch_size": 2,
         "rank": 0,
         "world": 1,
         "pin": False,
     }
-    loader = train_loader(samples, augment=PLAIN, tokenize=tokenize, num_steps=9, start_step=4, workers=0, **options)
+    units = build_units(samples, "one")
+    loader = train_loader(units, augment=PLAIN, tokenize=tokenize, num_steps=9, start_step=4, workers=0, **options)
     assert len(loader) == 9 and len(list(loader)) == 5
 
 
@@ -131,14 +220,91 @@ def test_captions_and_augmentation_are_drawn_anew_in_each_epoch_and_the_same_wit
     assert once == again != other
 
 
-def test_ids_are_equal_for_equal_captions_or_unique_for_each_pair(tmp_path: Path):
-    members = [(f"{i}.{kind}", raw) for i in range(6) for kind, raw in (("jpg", jpeg(i)), ("txt", b"A  dog"))]
-    samples = index_shards([write_tar(tmp_path / "a.tar", members)])
-    by_caption, by_pair = (
-        next(batches(samples, batch_size=6, positives=positives)) for positives in ("caption", "pair")
-    )
-    assert by_caption.ids.tolist() == [caption_id("a dog")] * 6
-    assert by_pair.ids.tolist() == batch_at(3, 0, 6, 6)[1].tolist()
+def test_in_an_epoch_of_pairs_each_caption_comes_once_with_its_image_and_an_augmentation_of_its_own(samples: Samples):
+    units = build_units(samples, "all")
+    pictures = {samples.key(i): samples.read(i)["jpg"] for i in range(len(samples))}
+    epochs = []
+    for augment in (PLAIN, STRONG):
+        found = batches(units, batch_size=2, num_steps=2 * len(samples), augment=augment)
+        rows = [row for batch in found for row in zip(batch.keys, batch.tokens, batch.pixels, strict=True)]
+        epochs += [rows[: len(units)], rows[len(units) :]]
+        for epoch in epochs[-2:]:
+            texts = sorted(text_of(tokens) for _, tokens, _ in epoch)
+            assert texts == sorted(f"{word} {i}" for i in range(len(samples)) for word in ("picture", "number"))
+    for key, tokens, pixels in epochs[0]:
+        key, _, number = key.rpartition("#")
+        assert text_of(tokens) == f"{('picture', 'number')[int(number)]} {int(key.rpartition('/')[2])}"
+        assert torch.equal(pixels, apply_augment(PLAIN, decode_rgb(pictures[key], 10_000), np.random.default_rng()))
+    drawn = Counter(pixels.numpy().tobytes() for epoch in epochs[2:] for _, _, pixels in epoch)
+    assert set(drawn.values()) == {1}
+
+
+def test_a_caption_that_is_not_there_any_more_is_a_bad_sample(samples: Samples):
+    units = Units(samples, 3 * np.arange(1, len(samples) + 1))
+    batch = next(batches(units, batch_size=len(units), num_steps=1))
+    assert batch.bad == {f"{samples.key(i)}#2": "no_caption" for i in range(len(samples))}
+
+
+GROUPS: list[dict[str, Any]] = [
+    {"product": "7"},
+    {"product": 7},
+    {"product": "7 "},
+    {"product": 7.5},
+    {"product": 7.5},
+    {"product": True},
+    {"product": True},
+    {"product": "\ud800"},
+    {"product": None},
+    {"product": None},
+    {"product": ""},
+    {"product": float("nan")},
+    {"other": "7"},
+    {"product": ["7"]},
+    {"product": {"id": "7"}},
+]
+SAME_GROUP = [{0, 1, 2}, {3, 4}, {5, 6}]
+NO_GROUP_OF_SCALARS = {13, 14}
+
+
+@pytest.fixture
+def related(tmp_path: Path) -> Samples:
+    """Samples with two captions each, of which some share captions, image files or groups."""
+    members: Members = []
+    for i, row in enumerate(GROUPS):
+        row = row | {"captions": [f"A  DOG {i % 4}", f"a cat {i % 5}" if i % 2 else f"a dog {i % 4}"]}
+        members += [(f"{i:02d}.jpg", jpeg(i % 6)), (f"{i:02d}.json", json.dumps(row).encode())]
+    return index_shards([write_tar(tmp_path / "a.tar", members)])
+
+
+def belong_together(positives: str, one: tuple[int, str], other: tuple[int, str]) -> bool:
+    """Whether two pairs of sample number and text share what the option names."""
+    match positives:
+        case "pair":
+            return False
+        case "caption":
+            return one[1].lower().split() == other[1].lower().split()
+        case "image":
+            return one[0] % 6 == other[0] % 6
+        case _:
+            return one[0] == other[0] or any({one[0], other[0]} <= group for group in SAME_GROUP)
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+@pytest.mark.parametrize("positives", ["pair", "caption", "image", "group"])
+def test_rows_have_equal_ids_where_they_share_what_positives_names(related: Samples, positives: str, captions: str):
+    units = build_units(related, captions)
+    group = "product" if positives == "group" else None
+    options = {"batch_size": len(units), "positives": positives, "group": group, "augment": PLAIN}
+    for batch in batches(units, num_steps=3, **options):
+        numbers = [int(key[2:4]) for key in batch.keys]
+        unusable = NO_GROUP_OF_SCALARS if positives == "group" else set()
+        assert batch.valid.tolist() == [number not in unusable for number in numbers]
+        assert set(batch.bad.values()) == ({"bad_group"} if unusable else set())
+        assert ((batch.ids >= 0) == batch.valid).all()
+        for a, b in combinations(range(len(units)), 2):
+            rows = [(numbers[row], text_of(batch.tokens[row])) for row in (a, b)]
+            expected = bool(batch.valid[a] and batch.valid[b]) and belong_together(positives, *rows)
+            assert (batch.ids[a] == batch.ids[b]).item() == expected, rows
 
 
 @pytest.fixture

@@ -1,61 +1,91 @@
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipft.config import Every
-from clipft.learn.after_step import AfterStep, select_value
+from clipft.learn.after_step import select_value
 from clipft.learn.journal import Journal, clock
-from clipft.learn.losses import LocalGradients
+from clipft.learn.ledger import Ledger, account
+from clipft.learn.losses import LocalGradients, chance_loss
 from clipft.learn.metrics_file import MetricsFile, read_rows
 from clipft.learn.module import StepRecord
+from clipft.learn.skips import Skips
 from clipft.learn.stop import StopRequest, Timer
+from clipft.report import RunFailed
 
 
-def record(step: int) -> StepRecord:
-    zero = torch.zeros(())
-    return StepRecord(
-        step, 1e-5, LocalGradients(zero, torch.zeros(1, 1), torch.zeros(1, 1), zero, zero), zero + 14, zero + 2
+def record(step: int, finite: list[bool] | None = None) -> StepRecord:
+    zero, rows = torch.zeros(()), torch.tensor(finite or [True])
+    gradients = LocalGradients(
+        loss=zero,
+        image=torch.zeros(len(rows), 1),
+        text=torch.zeros(len(rows), 1),
+        log_scale=zero,
+        bias=zero,
+        shared=zero,
+        finite=rows,
     )
+    return StepRecord(step, 1e-5, gradients, zero + 14, zero + 2, zero > 0)
 
 
 def journal(path: Path) -> Journal:
-    return Journal(MetricsFile(path, 0), [], lambda text: None, batch_size=100, num_steps=10, first_step=0)
-
-
-def after_step(tmp_path: Path, max_bad_frac: float) -> AfterStep:
-    never = Timer(Every(steps=10**9))
-    return AfterStep(
-        tmp_path,
-        journal(tmp_path / "metrics.csv"),
-        save=never,
-        evaluate=never,
-        validate=dict,
-        validate_first=False,
-        select="mean_recall@1",
-        keep=2,
-        max_bad_frac=max_bad_frac,
-        lag=0,
+    file = MetricsFile(path, 0)
+    return Journal(
+        file, [], lambda text: None, batch_size=100, chance=chance_loss("clip", 100), num_steps=10, first_step=0
     )
 
 
-def test_too_many_unusable_samples_stop_the_run_with_the_reasons(tmp_path):
-    callback = after_step(tmp_path, max_bad_frac=0.05)
-    callback.reasons.update(image_truncated=11)
-    callback.num_seen, callback.num_dropped = 190, 11
-    callback._check_dropped()  # too few samples to speak of a rate
-    callback.num_seen = 210
+def counts(**changed: int) -> dict[str, int]:
+    return {"shared_positives": 3, "dropped": 1, "skipped": 0} | changed
+
+
+def test_too_many_unusable_samples_stop_the_run_with_the_reasons():
+    ledger = Ledger(max_bad_frac=0.05)
+    ledger.mine = Counter(image_truncated=11)
+    ledger.add(179, 11)  # too few samples to speak of a rate
     with pytest.raises(ValueError, match=r"11 of the first 210 .*image_truncated 11.*data\.max_bad_frac=0\.05"):
-        callback._check_dropped()
-    after_step(tmp_path, max_bad_frac=0.5)._check_dropped()
+        ledger.add(20, 0)
+    Ledger(max_bad_frac=0.5).add(190, 20)
+
+
+def test_the_ledger_accounts_for_every_sample_of_the_epochs_begun():
+    ledger = Ledger(max_bad_frac=1.0)
+    ledger.mine = Counter(bad_json=2)
+    for _ in range(3):
+        ledger.add(used=8, dropped=0)
+    ledger.add(used=6, dropped=2)
+    ledger.meet()
+    found = account(ledger.state_dict(), num_units=27, batch_size=8, step=4)  # 3 steps and a remainder of 3 an epoch
+    assert found == {
+        "epochs": 2,
+        "indexed": 54,
+        "used": 30,
+        "dropped": {"bad_json": 2},
+        "left_out": 3,
+        "not_reached": 54 - 30 - 2 - 3,
+    }
+    with pytest.raises(RuntimeError, match="does not balance: 30 used and 2 dropped samples in 5 steps"):
+        account(ledger.state_dict(), num_units=27, batch_size=8, step=5)
+
+
+def test_a_ledger_goes_on_where_a_saved_one_stood():
+    ledger, later = Ledger(max_bad_frac=1.0), Ledger(max_bad_frac=1.0)
+    ledger.mine = Counter(bad_json=2)
+    ledger.add(used=6, dropped=2)
+    ledger.meet()
+    later.load_state_dict(ledger.state_dict())
+    later.add(used=8, dropped=0)
+    assert (later.num_used, later.num_dropped, later.reasons) == (14, 2, {"bad_json": 2})
 
 
 def test_the_journal_writes_a_row_per_step_and_shows_the_loss_beside_chance(tmp_path, capsys):
     book = journal(tmp_path / "metrics.csv")
     for step in range(1, 11):
-        book.step(record(step), loss=4.0, shared=3, dropped=1, wait_s=0.1, total_s=0.5)
+        book.step(record(step), 4.0, counts(), wait_s=0.1, total_s=0.5)
         if step == 5:
             book.validation(5, {"text_to_image_recall@1": 0.25}, "mean_recall@1 0.2500", "0.2500 at 5")
         book.write()
@@ -63,17 +93,46 @@ def test_the_journal_writes_a_row_per_step_and_shows_the_loss_beside_chance(tmp_
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]
     assert rows[4]["val/text_to_image_recall@1"] == "0.25" and rows[5]["val/text_to_image_recall@1"] == ""
     assert rows[0]["train/samples_per_s"] == "200" and rows[0]["train/data_wait_frac"] == "0.2"
+    assert rows[0]["train/shared_positives"] == "3" and rows[0]["train/skipped"] == "0"
     last = capsys.readouterr().err.splitlines()[-1]
     assert "step 10/10  loss 4.000 (chance 4.605)  scale 14.0  lr 1.00e-05  200 samples/s  data wait 20%" in last
     assert "dropped 10" in last
 
 
+def test_rows_that_the_disk_refuses_wait_and_come_in_order(tmp_path, capsys):
+    """A folder in the file's place refuses as a full disk does."""
+    book = journal(tmp_path / "metrics.csv")
+    book.step(record(1), 4.0, counts(), wait_s=0.1, total_s=0.5)
+    (tmp_path / "metrics.csv").mkdir()
+    for step in (1, 2):
+        book.step(record(step), 4.0, counts(), wait_s=0.1, total_s=0.5)
+        book.write()
+    assert capsys.readouterr().err.count("rows wait in memory") == 1
+    (tmp_path / "metrics.csv").rmdir()
+    (tmp_path / "metrics.csv").write_text(",".join(book.file.columns) + "\n")
+    book.step(record(3), 4.0, counts(), wait_s=0.1, total_s=0.5)
+    book.write()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.csv")] == ["1", "2", "3"]
+
+
 def test_ranks_other_than_the_first_write_nothing(tmp_path, capsys):
-    book = Journal(None, [], lambda text: None, batch_size=100, num_steps=10, first_step=0)
-    book.step(record(10), loss=4.0, shared=0, dropped=0, wait_s=0.1, total_s=0.5)
+    book = Journal(None, [], lambda text: None, batch_size=100, chance=4.6, num_steps=10, first_step=0)
+    book.step(record(10), 4.0, counts(), wait_s=0.1, total_s=0.5)
     book.write()
     book.print("hello")
     assert capsys.readouterr().err == ""
+
+
+def test_a_step_that_is_left_out_names_its_samples_and_too_many_in_a_row_end_the_run():
+    said: list[str] = []
+    skips = Skips(2, said.append)
+    skips.add(record(1, [True, False, True]), ["a", "b", "c"], skipped=True)
+    assert "step 1 is left out" in said[0] and "features of b are not" in said[0]
+    skips.add(record(2), ["a"], skipped=False)
+    skips.add(record(3), ["a"], skipped=True)
+    assert "in the backward pass" in said[1]
+    with pytest.raises(RunFailed, match=r"2 steps in a row, up to step 4.*train\.max_skipped=2.*optim\.lr"):
+        skips.add(record(4), ["a"], skipped=True)
 
 
 def test_best_is_chosen_by_one_metric_or_the_mean_of_both_directions():
@@ -101,13 +160,37 @@ def test_a_stop_signal_is_remembered_and_a_second_interrupt_ends_at_once(monkeyp
     stop = StopRequest()
     stop.install()
     try:
+        stop.stepping = True
         signal.raise_signal(signal.SIGINT)
-        assert stop.received == signal.SIGINT and codes == []
+        assert stop.received == "SIGINT" and codes == []
         signal.raise_signal(signal.SIGINT)
         assert codes == [130]
     finally:
         stop.uninstall()
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_outside_of_steps_a_stop_signal_ends_at_once_with_its_code(number, code):
+    stop = StopRequest()
+    stop.install()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(number)
+        assert ended.value.code == code and stop.agreed == signal.Signals(number).name
+    finally:
+        stop.uninstall()
+
+
+def test_signals_are_given_back_after_being_taken_twice():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopRequest()
+    stop.install()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a library does that comes later
+    stop.install()
+    assert signal.getsignal(signal.SIGTERM) == stop._receive
+    stop.uninstall()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_clock_is_short_for_short_times():

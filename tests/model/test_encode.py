@@ -1,11 +1,20 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
+from clipft.model.encode import (
+    can_trim,
+    encode_image,
+    encode_text,
+    has_causal_tower,
+    to_float,
+    trim_tokens,
+)
 from clipft.model.load import build
-from clipft.model.names import architecture_cfg
+from clipft.model.names import architecture_cfg, architecture_names
 
 CAPTIONS = ["a", "a dog!!!", "two brown dogs run over wet grass"]
 EOS = 49407  # of open_clip's tokenizer
@@ -64,6 +73,61 @@ def test_causal_towers_pooling_at_a_token_may_be_trimmed(kind):
 def test_other_towers_keep_their_full_length(kind):
     clip = tiny(**OTHER[kind])
     assert not can_trim(clip.model, clip.tokenize)
+
+
+def text_towers() -> dict[str, dict[str, Any]]:
+    """The different text towers of open_clip and of ours, each with one layer, few words and hardly any images.
+
+    Towers of transformers and the writing half of CoCa are left out: clipft never cuts the one nor builds the other.
+    """
+    towers: dict[str, dict[str, Any]] = {}
+    for name in architecture_names():
+        cfg = architecture_cfg(name)
+        if "hf_model_name" in cfg["text_cfg"] or "multimodal_cfg" in cfg:
+            continue
+        text = {key: value for key, value in cfg["text_cfg"].items() if "tokenizer" not in key}
+        tower = {
+            "embed_dim": cfg["embed_dim"],
+            "vision_cfg": {"image_size": 8, "patch_size": 8, "width": 8, "head_width": 8, "layers": 1},
+            "text_cfg": {**text, "layers": 1, "vocab_size": 100},
+            **{key: cfg[key] for key in ("custom_text", "quick_gelu") if cfg.get(key)},
+        }
+        if tower not in towers.values():
+            towers[name] = tower
+    return towers
+
+
+TOWERS = text_towers()
+
+
+@pytest.mark.process  # no processes, but dozens of towers, of up to 20 million weights in float64
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_tower_of_open_clip_is_cut_exactly_or_not_at_all(name):
+    import open_clip
+
+    torch.manual_seed(0)
+    cfg = {**TOWERS[name]}
+    model = (open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP)(**cfg).double()
+    tokens = torch.zeros(2, cfg["text_cfg"]["context_length"], dtype=torch.long)
+    for row, stop in zip(tokens, (2, 6), strict=True):
+        row[:stop] = torch.randint(3, 99, (stop,))
+        row[stop] = cfg["text_cfg"]["eos_id"] if cfg["text_cfg"].get("pool_type") == "eos" else 99
+    full = model.encode_text(tokens, normalize=True)
+    with torch.no_grad():
+        other_tail = tokens.where(torch.arange(tokens.shape[1]) <= 6, 50)
+        sees_the_tail = bool((model.encode_text(other_tail, normalize=True) - full).abs().max() > 1e-12)
+    assert has_causal_tower(model) != sees_the_tail
+    if sees_the_tail:
+        return
+    weight = torch.randn_like(full)
+    expected = gradients(model, (full * weight).sum())
+    cut = encode_text(model, tokens, trim=True)
+    found = gradients(model, (cut * weight).sum())
+    assert trim_tokens(model, tokens).shape[1] == 7
+    assert_close(cut, full, rtol=0, atol=1e-12)
+    assert found.keys() == expected.keys() and len(found) > 10
+    # The key bias of attention has no true gradient; the norm is that of query, key and value together.
+    assert all((found[key] - value).norm() <= 1e-12 * value.norm() for key, value in expected.items())
 
 
 def test_the_cut_is_after_the_longest_captions_end_though_a_caption_may_hold_the_padding_id():

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from clipft.config import ModelConfig
-from clipft.model.load import build, description, follow_tag, load_model
+from clipft.model.load import add_bias, build, description, follow_tag, load_model
 from clipft.model.names import architecture_cfg
 
 TEXTS = ["a red circle", "two dogs run over wet grass"]
@@ -152,6 +152,43 @@ def test_a_timm_tower_is_built_without_any_download():
     assert clip.preprocess_cfg["size"] == [64, 64]
 
 
+@pytest.mark.parametrize("custom_text", [False, True], ids=["CLIP", "CustomTextCLIP"])
+def test_a_new_bias_is_in_the_model_in_its_description_and_in_what_plain_open_clip_loads(tmp_path, custom_text):
+    import open_clip
+
+    clip = build("micro", {**MICRO, "custom_text": custom_text}, {})
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    add_bias(clip, 33)
+    assert (
+        math.isclose(clip.model.logit_bias.item(), -math.log(32), rel_tol=1e-6) and clip.model.logit_bias.requires_grad
+    )
+    assert math.isclose(clip.model.logit_scale.exp().item(), 10, rel_tol=1e-6) and clip.model.logit_scale.requires_grad
+    assert any("logit_bias of -3.47" in note for note in clip.notes)
+    after = clip.model.state_dict()
+    assert after.keys() - before.keys() == {"logit_bias"}
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "logit_scale")
+    fresh = build("micro", description(clip)["model_cfg"], {}).model
+    assert_close((fresh.logit_scale, fresh.logit_bias), (clip.model.logit_scale, clip.model.logit_bias))
+    run, folder = save_run(clip, tmp_path / "run"), save_folder(clip, tmp_path / "folder")
+    plain, *_ = cast(Any, open_clip.create_model_and_transforms)(f"local-dir:{folder}", require_pretrained=True)
+    for state in (plain.state_dict(), load_model(model(run), 0).model.state_dict()):
+        assert_close(state, after, rtol=0, atol=0)
+
+
+def test_a_new_bias_makes_the_odds_of_a_pair_those_of_chance():
+    clip = build("micro", MICRO, {})
+    add_bias(clip, 64)
+    assert math.isclose(clip.model.logit_bias.sigmoid().item(), 1 / 64, rel_tol=1e-6)
+
+
+def test_a_model_with_a_bias_keeps_it_and_its_scale():
+    clip = build("micro", {**MICRO, "init_logit_scale": 3.0, "init_logit_bias": -9.0}, {})
+    before = description(clip)
+    add_bias(clip, 64)
+    assert (clip.model.logit_scale.item(), clip.model.logit_bias.item()) == (3.0, -9.0)
+    assert description(clip) == before and not clip.notes
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -188,7 +225,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
     run = save_run(quick(), tmp_path / "run")
     path = run / "checkpoints" / "best.ckpt"
     path.write_bytes(path.read_bytes()[:-100_000] if content is None else content)
-    with pytest.raises(ValueError, match=r"best\.ckpt cannot be read as this model's weights"):
+    with pytest.raises(ValueError, match=r"best\.ckpt is damaged"):
         load_model(model(run), 0)
 
 

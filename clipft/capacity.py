@@ -1,0 +1,146 @@
+"""How many pairs a device encodes at a time in this run: asked for, remembered, or tried. Room on the disk."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clipft.config import Config
+from clipft.data.loader import Batch
+from clipft.data.order import rank_slice
+from clipft.learn.memory import is_out_of_memory, largest_that_fits
+from clipft.learn.module import train_mode
+from clipft.learn.step import Encode
+from clipft.model.load import Clip
+from clipft.ranks import Ranks
+from clipft.report import RunFailed
+from clipft.rundir import write_text
+
+REMEMBERED = "micro_batch.json"
+FLOAT_BYTES = 4
+
+
+def choose_micro_batch(config: Config, folder: Path, ranks: Ranks, clip: Clip, encode: Encode) -> int:
+    """Pairs at a time, the same on all ranks; what was tried is kept in the run's folder for the next start."""
+    share = max(share_of(config, rank, ranks.world) for rank in range(ranks.world))
+    if config.train.micro_batch is not None:
+        return min(config.train.micro_batch, share)
+    found = torch.tensor(remembered(folder, place(config, ranks)) or tried(share, ranks, clip, encode))
+    if ranks.world > 1:
+        found = found.to(ranks.device)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    if not int(found):
+        raise RunFailed(
+            f"{ranks.device.type} has no memory for one pair at a time. Use a smaller model or a larger device."
+        )
+    if ranks.first:
+        remember(folder, place(config, ranks), int(found))
+    return int(found)
+
+
+def share_of(config: Config, rank: int, world: int) -> int:
+    part = rank_slice(config.train.batch_size, rank, world)
+    return part.stop - part.start
+
+
+def place(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """What the number depends on."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+    return {
+        "device": device,
+        "devices": ranks.world,
+        "precision": ranks.precision,
+        "batch_size": config.train.batch_size,
+    }
+
+
+def remembered(folder: Path, here: dict[str, Any]) -> int | None:
+    """The number that was found or lowered under the same conditions."""
+    try:
+        stored = json.loads((folder / REMEMBERED).read_text())
+        return stored["micro_batch"] if stored["conditions"] == here else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(folder: Path, here: dict[str, Any], pairs: int) -> None:
+    write_text(folder / REMEMBERED, json.dumps({"micro_batch": pairs, "conditions": here}, indent=1) + "\n")
+
+
+def tried(share: int, ranks: Ranks, clip: Clip, encode: Encode) -> int:
+    """The most pairs that fit beside weights, gradients and AdamW's moments."""
+    trainable = sum(parameter.numel() for parameter in clip.model.parameters() if parameter.requires_grad)
+    moments = torch.empty(2 * trainable if ranks.device.type == "cuda" else 0, device=ranks.device)
+
+    def try_pairs(pairs: int) -> None:
+        with ranks.autocast():
+            image, text = encode(full_length_batch(clip, pairs).to(ranks.device))
+        (image.sum() + text.sum()).backward()
+        clip.model.zero_grad(set_to_none=True)
+
+    was_training = clip.model.training
+    train_mode(clip.model, batch_norm=False)  # a trial must leave no trace in the statistics
+    try:
+        return largest_that_fits(share, try_pairs, ranks.device, ranks.local_world)
+    finally:
+        clip.model.train(was_training)
+        clip.model.zero_grad(set_to_none=True)
+        del moments
+
+
+def full_length_batch(clip: Clip, pairs: int) -> Batch:
+    """Pairs as large as any that can come: captions that fill the context."""
+    side = clip.preprocess_cfg["size"]
+    side = side if isinstance(side, int) else side[0]
+    return Batch(
+        pixels=torch.zeros(pairs, side, side, 3, dtype=torch.uint8),
+        tokens=clip.tokenize(["word " * 2 * clip.model.context_length]).repeat(pairs, 1).long(),
+        valid=torch.ones(pairs, dtype=torch.bool),
+        ids=torch.arange(pairs),
+        keys=[str(row) for row in range(pairs)],
+        dropped={},
+    )
+
+
+def out_of_memory(error: BaseException, config: Config, folder: Path, ranks: Ranks, micro: int) -> RunFailed | None:
+    """What to tell the user when memory ran out in a step, half being remembered for the next start; else None."""
+    if not is_out_of_memory(error):
+        return None
+    half = max(1, micro // 2)
+    if config.train.micro_batch is None and micro > 1:
+        remember(folder, place(config, ranks), half)
+        advice = f"The same command goes on from the last saved state with {half} at a time"
+    else:
+        advice = f"Use train.micro_batch={half}" if micro > 1 else "Use a smaller model"
+    return RunFailed(
+        f"rank {ranks.rank} ran out of memory with {micro} pairs at a time. {advice}; the result is the same. "
+        "Other ways: trainer.precision=bf16-mixed, more trainer.devices, a smaller train.batch_size (which changes "
+        "the result)."
+    )
+
+
+def state_bytes(clip: Clip) -> int:
+    """Size of a saved state: weights, and two moments of those that are trained."""
+    weights = sum(value.numel() for value in clip.model.state_dict().values())
+    trainable = sum(parameter.numel() for parameter in clip.model.parameters() if parameter.requires_grad)
+    return FLOAT_BYTES * (weights + 2 * trainable)
+
+
+def check_disk(folder: Path, clip: Clip, keep: int, num_there: int) -> list[str]:
+    """Raises where not even one state fits on the disk; a note where those that are to be kept may not."""
+    size, free = state_bytes(clip), shutil.disk_usage(folder).free
+    wanted = (keep + 2 - num_there) * size  # best.ckpt, and the one that is being written
+    if free < size * 1.1:
+        raise ValueError(
+            f"runs_dir: {folder} has {free / 1e6:,.1f} MB of room and one saved state needs {size / 1e6:,.1f} MB. "
+            "Make room, or put runs_dir on another disk."
+        )
+    if free < wanted:
+        return [
+            f"disk: {free / 1e9:.2f} GB of room, {wanted / 1e9:.2f} GB wanted for checkpoint.keep={keep}, best and one "
+            "being written"
+        ]
+    return []

@@ -1,0 +1,100 @@
+"""Samples to the units that an epoch is made of: the samples themselves, or their pairs of image and caption."""
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from clipft.data.caption import captions_of
+from clipft.data.index import Samples
+from clipft.data.sample import BadSample
+
+VERSION = 1  # of the stored counts; to be raised when captions_of finds others in the same bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What an epoch holds each of once. Without `ends` the samples, else the pairs in the order of the samples."""
+
+    samples: Samples
+    ends: Int64[np.ndarray, " samples"] | None
+    """Number of the pair behind the last one of each sample."""
+
+    def __len__(self) -> int:
+        return len(self.samples) if self.ends is None else int(self.ends[-1])
+
+    def at(self, u: int) -> tuple[int, int | None]:
+        """Sample and caption number of a unit; None for a caption that is to be drawn."""
+        if self.ends is None:
+            return u, None
+        i = int(np.searchsorted(self.ends, u, side="right"))
+        return i, u - int(self.ends[i - 1]) if i else u
+
+    def key(self, u: int) -> str:
+        """The sample's key; for a pair with the number of its caption behind it."""
+        i, number = self.at(u)
+        return self.samples.key(i) + ("" if number is None else f"#{number}")
+
+
+def build_units(samples: Samples, captions: str) -> Units:
+    """The units of `data.captions`: samples (one) or pairs (all)."""
+    if captions not in ("one", "all"):
+        raise ValueError(f"data.captions={captions!r} is unknown. Use one or all.")
+    return Units(samples, np.cumsum(count_captions(samples)) if captions == "all" else None)
+
+
+def count_captions(samples: Samples) -> Int64[np.ndarray, " samples"]:
+    """Captions of each sample; 1 where there are none to read, so that it keeps a slot and is dropped by name."""
+    place = counts_place(samples)
+    counts = read_counts(place, len(samples))
+    if counts is None:
+        counts = np.fromiter((num_captions(samples, i) for i in range(len(samples))), np.int64)
+        if counts.all():
+            write_counts(place, counts)
+    return np.maximum(counts, 1)
+
+
+def num_captions(samples: Samples, i: int) -> int:
+    """Captions of sample i, 1 where its members name none; 0 where the storage fails, which may pass."""
+    try:
+        return len(captions_of(samples.read(i, ("json", "txt"))))
+    except BadSample as bad:
+        return 0 if bad.reason in ("read_error", "short_read") else 1
+
+
+def counts_place(samples: Samples) -> Path:
+    """Where the counts of these samples lie in the user's cache: another name when a shard was written again."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # The fingerprint alone does not see a change that keeps every size.
+    digest = hashlib.sha256(f"{VERSION} {samples.fingerprint} {samples.stamps.tolist()}".encode())
+    return cache / "clipft" / "captions" / digest.hexdigest()
+
+
+def read_counts(place: Path, num_samples: int) -> Int64[np.ndarray, " samples"] | None:
+    """The stored counts; None when there are none that can be used."""
+    try:
+        raw = place.read_bytes()
+    except OSError:
+        return None
+    # No .npy file: a flipped bit in its header can raise anything, and one in its numbers goes unseen.
+    digest, content = raw[:32], raw[32:]
+    if hashlib.sha256(content).digest() != digest or len(content) != 8 * num_samples:
+        return None
+    return np.frombuffer(content, "<i8")
+
+
+def write_counts(place: Path, counts: Int64[np.ndarray, " samples"]) -> None:
+    """Store the counts behind their sha256, in one move so that a reader never sees half of them."""
+    content = counts.astype("<i8").tobytes()
+    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(hashlib.sha256(content).digest() + content)
+        os.replace(temporary, place)
+    except OSError:  # a read-only or full place: they are counted at each start
+        if os.access(temporary, os.F_OK):
+            temporary.unlink()

@@ -1,0 +1,81 @@
+"""How much fits: host memory, and the pairs that a device can encode at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CGROUP = Path("/sys/fs/cgroup")
+HOST_SHARE = 0.5  # of the free host memory that activations may take on a CPU; loaders and the loss need some
+Try = Callable[[int], None]
+
+
+def host_memory() -> float:
+    """Bytes that this machine, or the container that we are in, still has to give; infinite where nobody says."""
+    free = [_available(Path("/proc/meminfo")), _below_limit(CGROUP)]
+    return min(free)
+
+
+def _available(meminfo: Path) -> float:
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return float(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return float("inf")
+
+
+def _below_limit(cgroup: Path) -> float:
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return float("inf") if limit == "max" else max(0.0, float(limit) - float(used))
+    except (OSError, ValueError):
+        return float("inf")
+
+
+def largest_that_fits(share: int, try_pairs: Try, device: torch.device, ranks_here: int) -> int:
+    """The most pairs at a time, at most `share`, that a forward and backward pass has room for; 0 if not even one.
+
+    On a GPU by trying. A CPU that runs out of memory gets this process killed, so there the bytes kept for the
+    backward are counted on two pairs.
+    """
+    if device.type != "cuda":
+        room = HOST_SHARE * host_memory() / ranks_here
+        return int(min(share, room / bytes_per_pair(try_pairs)))
+    while share and not fits(share, try_pairs):
+        share //= 2
+    return share
+
+
+def fits(pairs: int, try_pairs: Try) -> bool:
+    try:
+        try_pairs(pairs)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
+
+
+def bytes_per_pair(try_pairs: Try) -> int:
+    """What one pair more keeps in memory from its forward to its backward pass."""
+    counts = []
+    for pairs in (1, 2):
+        seen: dict[int, int] = {}
+
+        def keep(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            try_pairs(pairs)
+        counts.append(sum(seen.values()))
+    return max(1, counts[1] - counts[0])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; CPU allocations raise a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
