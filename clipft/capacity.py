@@ -21,6 +21,7 @@ from clipft.rundir import write_text
 
 REMEMBERED = "micro_batch.json"
 FLOAT_BYTES = 4
+BALLAST = 0.1  # of a GPU's memory, kept free in a trial: DDP's buckets, gathered features, the loss, fragments
 
 
 def choose_micro_batch(config: Config, folder: Path, ranks: Ranks, clip: Clip, encode: Encode) -> int:
@@ -72,8 +73,11 @@ def remember(folder: Path, here: dict[str, Any], pairs: int) -> None:
 
 def tried(share: int, ranks: Ranks, clip: Clip, encode: Encode) -> int:
     """The most pairs that fit beside weights, gradients and AdamW's moments."""
-    trainable = sum(parameter.numel() for parameter in clip.model.parameters() if parameter.requires_grad)
-    moments = torch.empty(2 * trainable if ranks.device.type == "cuda" else 0, device=ranks.device)
+    trainable = sum(parameter.nbytes for parameter in clip.model.parameters() if parameter.requires_grad)
+    reserve = 0
+    if ranks.device.type == "cuda":
+        reserve = 2 * trainable + int(BALLAST * torch.cuda.get_device_properties(ranks.device).total_memory)
+    ballast = torch.empty(reserve, dtype=torch.uint8, device=ranks.device)
 
     def try_pairs(pairs: int) -> None:
         with ranks.autocast():
@@ -88,7 +92,7 @@ def tried(share: int, ranks: Ranks, clip: Clip, encode: Encode) -> int:
     finally:
         clip.model.train(was_training)
         clip.model.zero_grad(set_to_none=True)
-        del moments
+        del ballast
 
 
 def full_length_batch(clip: Clip, pairs: int) -> Batch:

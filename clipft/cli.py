@@ -13,6 +13,7 @@ from clipft.arguments import options_of, to_overrides
 from clipft.conf_files import conf_dirs, yaml_names
 from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig
 from clipft.model.names import architecture_names
+from clipft.report import RunFailed
 from clipft.rundir import save_config, settle
 
 EXAMPLES = """\
@@ -50,11 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(help_text(name))
             return 0
         return compose(COMMANDS[name], rest)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunFailed) as error:
         if os.environ.get("CLIPFT_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RunFailed) else 2
 
 
 def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:

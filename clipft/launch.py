@@ -59,8 +59,10 @@ def launch(command: str, config_file: Path, devices: int) -> int:
     port = free_port()
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT in asked:  # ranks in foreign code do not hear it
+            send_all(ranks, signal.SIGKILL)
         asked.append(number)
-        send_all(ranks, signal.SIGTERM if number == signal.SIGHUP else number)
+        forward_to(ranks, number)
 
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
@@ -69,6 +71,8 @@ def launch(command: str, config_file: Path, devices: int) -> int:
     try:
         for rank in range(devices):
             ranks.append(start_rank(command, config_file, rank, devices, port))
+        for number in asked:  # while they were started
+            forward_to(ranks, number)
         return supervise(ranks, asked)
     finally:
         end_all(ranks)
@@ -126,7 +130,8 @@ def supervise(ranks: list[Watched], asked: list[int]) -> int:
     if deadline is not None:
         end_all(ranks)
     if cause:
-        print(cause, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal that was closed
+            print(cause, file=sys.stderr, flush=True)
     return code
 
 
@@ -167,6 +172,10 @@ def show_stacks(ranks: list[Watched]) -> None:
     for rank in ranks:
         rank.process.send_signal(signal.SIGUSR2)
     time.sleep(STACK_S)
+
+
+def forward_to(ranks: list[Watched], number: int) -> None:
+    send_all(ranks, signal.SIGTERM if number == signal.SIGHUP else number)
 
 
 def send_all(ranks: list[Watched], number: int) -> None:

@@ -21,9 +21,11 @@ from clipft.data.split import Splits, load_splits
 from clipft.judge.evaluate import Evaluation, Task, build_task
 from clipft.judge.evaluate import evaluate as evaluate_task
 from clipft.judge.table import print_results
+from clipft.learn.memory import is_out_of_memory
 from clipft.model.load import Clip
 from clipft.plan import Steps, other_data
 from clipft.ranks import Ranks
+from clipft.report import RunFailed
 from clipft.rundir import read_results, what_matters, write_results
 
 PACKAGES = ("torch", "pytorch-lightning", "open_clip_torch", "timm", "webdataset")
@@ -42,6 +44,17 @@ class Measure:
     max_pixels: int
 
     def __call__(self, task: Task) -> Evaluation:
+        try:
+            return self._evaluate(task)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunFailed(
+                f"memory ran out while {task.name} was measured with {self.batch_size} images or texts at a time. "
+                f"Use a smaller eval.batch_size (batch_size= of clipft evaluate); the result is the same."
+            ) from error
+
+    def _evaluate(self, task: Task) -> Evaluation:
         return evaluate_task(
             self.clip,
             task,
@@ -169,8 +182,12 @@ def finish(folder: Path, ledger: dict[str, Any]) -> dict[str, Any]:
 def ledger_line(ledger: dict[str, Any]) -> str:
     """The ledger as one line for the terminal."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in ledger["dropped"].items())
+    if "indexed" not in ledger:
+        num_dropped = sum(ledger["dropped"].values())
+        return f"Samples: {ledger['used']:,} used + {num_dropped:,} dropped, under several batch sizes"
+    epochs = f"{ledger['epochs']} epoch{'s' if ledger['epochs'] > 1 else ''}"
     return (
-        f"Samples: {ledger['indexed']:,} in {ledger['epochs']} epochs = {ledger['used']:,} used + "
+        f"Samples: {ledger['indexed']:,} in {epochs} = {ledger['used']:,} used + "
         f"{sum(ledger['dropped'].values()):,} dropped{f' ({reasons})' if reasons else ''} + "
         f"{ledger['left_out']:,} left out + {ledger['not_reached']:,} not reached"
     )
@@ -182,7 +199,8 @@ def check_same_data(config: Config, folder: Path, meta: dict[str, Any], done: in
     if not done or not before or config.resume == "force":
         return
     changed = [split for split, value in meta["fingerprint"].items() if before["fingerprint"].get(split) != value]
-    if not changed and before["units"] != meta["units"]:  # the fingerprint sees members, not the captions in them
+    # The fingerprint sees members, not the captions in them.
+    if not changed and before.get("units", meta["units"]) != meta["units"]:
         changed = ["train"]
     if changed:
         raise ValueError(

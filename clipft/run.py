@@ -33,6 +33,7 @@ from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
 from clipft.learn.after_step import AfterStep, Intervals, Validate
 from clipft.learn.checkpoint import Found, clean, find_state, read_state, saved_steps
+from clipft.learn.gather import all_objects
 from clipft.learn.journal import Journal
 from clipft.learn.ledger import Ledger, account
 from clipft.learn.loggers import build_loggers, each_guarded, log_end
@@ -81,7 +82,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     freeze_unused(clip.model, config.loss.name)
     meta = describe_run(config, splits, steps, clip)
     check_alike(ranks, facts(config, meta, clip.model))
-    found = first_to_all(ranks, lambda: enter(config, folder, clip))
+    found = first_to_all(ranks, lambda: enter(config, folder, clip, steps))
     check_same_data(config, folder, meta, found.step)
     clip.model.to(ranks.device)
     micro = choose_micro_batch(config, folder, ranks, clip, encoder(clip))
@@ -100,7 +101,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
         log(folder, say)
         write_results(folder, read_results(folder) | {"meta": meta})
     loggers = build_loggers(config, folder) if ranks.first else []
-    if config.eval.base and "base" not in read_results(folder):
+    if config.eval.base and first_to_all(ranks, lambda: "base" not in read_results(folder)):
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
     if found.step < steps.total and fit(job, validate, found, loggers, stop):
         return STOPS[stop.agreed]
@@ -117,11 +118,13 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     return 0
 
 
-def enter(config: Config, folder: Path, clip: Clip) -> Found:
+def enter(config: Config, folder: Path, clip: Clip, steps: Steps) -> Found:
     """Cleans up after a kill, finds the state to go on from, looks for room on the disk."""
     clean(folder)
     clean(folder / "checkpoints")
     found = find_state(folder / "checkpoints", clip.model)
+    if found.step >= steps.total:  # nothing more will be saved
+        return found
     there = len(saved_steps(folder / "checkpoints"))
     return replace(found, notes=[*found.notes, *check_disk(folder, clip, config.checkpoint.keep, there)])
 
@@ -181,7 +184,13 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
         if advice is None:
             raise
         raise advice from error
+    finally:
+        saver.wait()
     saver.finish()
+    late = [reason for reason in all_objects(stop.received) if reason]  # while the last step was measured or saved
+    stop.agreed = stop.agreed or (late[0] if late else "")
+    if not stop.agreed and module.step < job.steps.total:
+        raise RuntimeError(f"training ended at step {module.step} of {job.steps.total}, and nobody had asked for it")
     if stop.agreed:
         journal.print(
             f"Stopped at step {module.step} of {job.steps.total} ({stop.agreed}), saved. "

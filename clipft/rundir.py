@@ -68,6 +68,13 @@ def _enter(path: Path, config: Config) -> RunDir:
                 f"name={path.name!r}: {path} exists and is no run (it has no config.yaml). Use another name."
             )
         return _begin(path, config)
+    with locked(path):  # a job that is running there must find its files as it left them
+        return _reenter(path, config)
+
+
+def _reenter(path: Path, config: Config) -> RunDir:
+    """Goes on in the folder of a run, or begins again beside it."""
+    file = path / "config.yaml"
     if config.resume == "restart":
         old = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
         path.rename(old)
@@ -139,9 +146,13 @@ def log(folder: Path, text: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file's content in one move."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:  # of a full disk without a name
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:

@@ -45,9 +45,9 @@ def encoder(clip: Clip):
     return encode
 
 
-def asked(tmp_path: Path, **train: int) -> Config:
+def asked(tmp_path: Path, micro_batch: int | None = None) -> Config:
     config = make_config(tmp_path)
-    return replace(config, train=TrainConfig(batch_size=8, **train))
+    return replace(config, train=TrainConfig(batch_size=8, micro_batch=micro_batch))
 
 
 def test_what_is_asked_for_is_taken_without_a_try(clip, tmp_path):

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_every_rank_names_the_rank_and_the_key_that_differ(tmp_path):
     assert "the version of torch is None on rank 1" in found[0]
 
 
-def decided(folder: Path) -> list[str]:
+def decided(folder: Path) -> list[Any]:
     def decide() -> str:
         (folder / f"decided-{rank()}").touch()
         return "mine"

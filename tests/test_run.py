@@ -273,9 +273,9 @@ def profiled(config: Config) -> dict[str, int]:
             profiler.__enter__()
         return begin(self, batch, batch_idx)
 
-    def end_watching(self, trainer, module, outputs, batch, batch_idx):
-        end(self, trainer, module, outputs, batch, batch_idx)
-        if module.step == 2:
+    def end_watching(self, trainer, pl_module, outputs, batch, batch_idx):
+        end(self, trainer, pl_module, outputs, batch, batch_idx)
+        if pl_module.step == 2:
             profiler.__exit__(None, None, None)
             found["buckets"] = len(trainer.strategy.model.reducer._get_zeros_like_grad_buckets())
 
@@ -293,11 +293,28 @@ def test_a_step_sends_three_gathers_one_reduction_and_ddps_buckets(root, tmp_pat
         assert sent == {"gloo:all_gather": 3, "gloo:all_reduce": 1 + sent["buckets"], "buckets": sent["buckets"]}
 
 
-def test_lightning_still_has_the_broadcast_that_is_switched_off():
+def test_lightning_still_has_the_broadcast_that_is_switched_off(monkeypatch):
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert run.STOP_BROADCAST in inspect.getsource(type(trainer.fit_loop.epoch_loop).advance)
     run.switch_off_stop_broadcast(trainer)
     assert getattr(trainer.fit_loop.epoch_loop, run.STOP_BROADCAST)() is None
-    trainer.fit_loop.epoch_loop = object()
+    monkeypatch.setattr(trainer.fit_loop, "epoch_loop", object())
     with pytest.raises(RuntimeError, match="this pytorch-lightning has no _broadcast_sigterm_tensor"):
         run.switch_off_stop_broadcast(trainer)
+
+
+def test_more_steps_may_be_added_to_a_finished_run(root):
+    config = make_config(root, "name=longer", "train.max_steps=3")
+    assert train_here(config)[0] == 0
+    code, path = train_here(replace(config, resume="force", train=replace(config.train, max_steps=5)))
+    assert code == 0 and len(read_rows(path / "metrics.csv")) == 5
+    assert saved_step(path / "checkpoints" / "last.ckpt") == read_results(path)["meta"]["steps"] == 5
+
+
+def test_a_run_goes_on_under_another_batch_size_when_it_is_forced_to(root, capsys):
+    config = make_config(root, "name=smaller", "train.max_steps=3")
+    assert train_here(config)[0] == 0
+    smaller = replace(config, resume="force", train=replace(config.train, max_steps=5, batch_size=4))
+    code, path = train_here(smaller)
+    assert code == 0 and read_results(path)["meta"]["ledger"] == {"used": 3 * 8 + 2 * 4, "dropped": {}}
+    assert "32 used + 0 dropped, under several batch sizes" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from torch import Tensor
 from clipft.config import Every
 from clipft.data.loader import Batch
 from clipft.learn.checkpoint import step_path
-from clipft.learn.gather import rank, world
+from clipft.learn.gather import all_objects, rank, world
 from clipft.learn.journal import Journal
 from clipft.learn.ledger import Ledger
 from clipft.learn.module import ContrastiveModule, StepRecord
@@ -173,14 +173,14 @@ class AfterStep(pl.Callback):
             stop = next((reason for reason, wishes in zip(STOPS, stops, strict=True) if wishes > 0), stop)
             counts = {"shared_positives": int(shared), "dropped": int(dropped), "skipped": int(skipped > 0)}
             self.journal.step(sums.record, loss, counts, sums.wait_s, sums.total_s)
-            self.ledger.add(int(used), int(dropped))
+            self.ledger.add(self.journal.batch_size, int(used), int(dropped))
             self.skips.add(sums.record, sums.keys, skipped > 0)
         return Due(save, evaluate, stop)
 
     def _validate(self, module: ContrastiveModule, step: int) -> bool:
         """Adds the validation to the step's row; true when it is the best so far."""
         self.saver.wait()  # loader processes are forked, and a lock that the writing thread holds would stay locked
-        metrics = self.validate()
+        metrics = all_objects(self.validate())[0]  # ranks on unlike hardware could differ in the last digit
         module.train_mode()
         self.evaluate.restart()
         value = select_value(metrics, self.select)

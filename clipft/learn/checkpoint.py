@@ -23,10 +23,15 @@ class HashingFile:
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256 = file, hashlib.sha256()
+        self.refused: OSError | None = None
 
     def write(self, raw: bytes | memoryview) -> int:
         self.sha256.update(raw)
-        return self.file.write(raw)
+        try:
+            return self.file.write(raw)
+        except OSError as error:
+            self.refused = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -39,7 +44,10 @@ def write_state(state: dict[str, Any], target: Path) -> str:
     try:
         with temporary.open("wb") as raw:
             file = HashingFile(raw)
-            torch.save(state, file)  # pyright: ignore[reportArgumentType] -- write and flush are all it uses
+            try:
+                torch.save(state, file)  # pyright: ignore[reportArgumentType] -- write and flush are all it uses
+            except RuntimeError as error:  # torch does not pass on what the disk has said
+                raise file.refused or error from error
             file.flush()
             os.fsync(raw.fileno())
         with temporary.open("rb") as raw:
@@ -61,10 +69,14 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if {"clipft", "state_dict", "optimizer_states"} - state.keys():
             raise KeyError("clipft, state_dict or optimizer_states is missing")
-        return state
+    except (OSError, MemoryError):  # about this machine, now; not about the file
+        raise
     except Exception as error:  # torch raises half a dozen types for what is not its own
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{path} is none of our training states ({type(error).__name__}: {reason}).") from error
+    if missing := {"step", "best_step", "best_value", "select", "ledger"} - state["clipft"].keys():
+        raise ValueError(f"{path} was written by another version of clipft: it has no {', '.join(sorted(missing))}.")
+    return state
 
 
 def sync_folder(folder: Path) -> None:
@@ -90,37 +102,45 @@ class Found:
 
 
 def find_state(folder: Path, model: nn.Module) -> Found:
-    """The newest state that is whole and of this model; damaged ones are put aside under another name."""
-    notes: list[str] = []
-    best = folder / "best.ckpt"
-    best_is_good = not best.exists() or not put_aside_if_bad(best, model, notes)
-    last = folder / "last.ckpt"
-    candidates = [path for path in [*reversed(step_paths(folder)), last] if path.exists()]
+    """The newest state that is whole and of this model; once one is found, those that are not are put aside."""
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    candidates = [path for path in [*reversed(step_paths(folder)), last, best] if path.exists()]
+    problems: dict[Path, str] = {}
     for path in candidates:
-        if put_aside_if_bad(path, model, notes):
-            continue
-        if not (last.exists() and last.samefile(path)):
-            point(folder, "last", path)
-        if notes:
-            notes.append(f"Going on from {path.name}, step {saved_step(path)}.")
-        return Found(saved_step(path), str(path), notes, best_is_good)
-    if candidates:
+        problem = problem_of(path, model)
+        if problem is None:
+            return go_on_from(path, problems | problems_of_best(best, model))
+        problems[path] = problem
+    if candidates or any(folder.glob("*.damaged")):
         raise ValueError(
-            f"{folder} has no state to go on from: {' '.join(notes)} Use resume=restart to begin again, or put an "
-            "undamaged copy there as last.ckpt."
+            f"{folder} has no state to go on from: {' '.join(problems.values())} Use resume=restart to begin again, or "
+            "put an undamaged copy there as last.ckpt."
         )
-    return Found(notes=notes, best=best_is_good)
+    return Found()
 
 
-def put_aside_if_bad(path: Path, model: nn.Module, notes: list[str]) -> bool:
-    """Whether the state cannot be used; then it is renamed, so that no later step takes it for a good one."""
-    problem = problem_of(path, model)
-    if problem is None:
-        return False
-    aside = path.with_name(f"{path.name}.damaged")
-    os.replace(path, aside)
-    notes.append(f"{problem} It is now called {aside.name}.")
-    return True
+def problems_of_best(best: Path, model: nn.Module) -> dict[Path, str]:
+    problem = problem_of(best, model) if best.exists() else None
+    return {best: problem} if problem else {}
+
+
+def go_on_from(path: Path, problems: dict[Path, str]) -> Found:
+    """Makes last.ckpt this state, and best.ckpt what the state says, where a kill or damage has left them otherwise."""
+    folder, notes = path.parent, []
+    for bad, problem in problems.items():
+        aside = bad.with_name(f"{bad.name}.damaged")
+        os.replace(bad, aside)
+        notes.append(f"{problem} It is now called {aside.name}.")
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    state = read_state(path)["clipft"]
+    if not (last.exists() and last.samefile(path)):
+        point(folder, "last", path)
+    if problems:
+        notes.append(f"Going on from {path.name}, step {state['step']}.")
+    best_is_there = best.exists() and state["best_step"] in (0, saved_step(best))
+    if not best_is_there:
+        point(folder, "best", path)
+    return Found(state["step"], str(path), notes, best_is_there or state["best_step"] in (0, state["step"]))
 
 
 def problem_of(path: Path, model: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from pytorch_lightning.loggers import Logger
 
@@ -95,7 +96,12 @@ class Journal:
     def print(self, text: str) -> None:
         if self.file is not None:
             self.log(text)
-            print(("\r\x1b[K" if self.draws else "") + text, file=sys.stderr, flush=True)
+            self._put(("\r\x1b[K" if self.draws else "") + text + "\n")
+
+    def _put(self, text: str) -> None:
+        with suppress(OSError):  # a terminal that was closed must not cost the state that is saved next
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         self.loggers = each_guarded(self.loggers, lambda logger: logger.log_metrics(row, step))
@@ -111,9 +117,9 @@ class Journal:
         if not self.draws or step == self.num_steps:
             self.log(line)
         if self.draws:
-            print(f"\r\x1b[K{line}", end="" if step < self.num_steps else "\n", file=sys.stderr, flush=True)
+            self._put(f"\r\x1b[K{line}" + ("" if step < self.num_steps else "\n"))
         else:
-            print(line, file=sys.stderr, flush=True)
+            self._put(f"{line}\n")
         self.shown, self.since, self.wait_s, self.total_s = now, step, 0.0, 0.0
 
 

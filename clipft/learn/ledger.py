@@ -14,7 +14,7 @@ class Ledger:
 
     def __init__(self, max_bad_frac: float):
         self.max_bad_frac = max_bad_frac
-        self.num_used = self.num_dropped = 0
+        self.num_slots = self.num_used = self.num_dropped = 0
         self.reasons: Counter[str] = Counter()  # of all ranks, up to the last meeting
         self.mine: Counter[str] = Counter()  # of this rank, since then
 
@@ -23,8 +23,9 @@ class Ledger:
         self.mine.update(batch.dropped)
         return sum(batch.dropped.values())
 
-    def add(self, used: int, dropped: int) -> None:
-        """Adds a step's sums over ranks; raises when too many samples could not be used."""
+    def add(self, batch_size: int, used: int, dropped: int) -> None:
+        """Adds a step and its sums over ranks; raises when too many samples could not be used."""
+        self.num_slots += batch_size
         self.num_used, self.num_dropped = self.num_used + used, self.num_dropped + dropped
         seen = self.num_used + self.num_dropped
         if seen >= SEEN_BEFORE_JUDGING and self.num_dropped > self.max_bad_frac * seen:
@@ -41,10 +42,10 @@ class Ledger:
         self.mine.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"used": self.num_used, "dropped": dict(self.reasons)}
+        return {"slots": self.num_slots, "used": self.num_used, "dropped": dict(self.reasons)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_used, self.reasons = state["used"], Counter(state["dropped"])
+        self.num_slots, self.num_used, self.reasons = state["slots"], state["used"], Counter(state["dropped"])
         self.num_dropped = sum(self.reasons.values())
 
 
@@ -54,10 +55,12 @@ def account(state: dict[str, Any], num_units: int, batch_size: int, step: int) -
     per_epoch = num_units // batch_size
     whole, begun = step // per_epoch, -(-step // per_epoch)
     left_out = whole * (num_units - per_epoch * batch_size)
-    if used + dropped != step * batch_size:
+    if used + dropped != state["slots"]:
         raise RuntimeError(
-            f"the ledger does not balance: {used} used and {dropped} dropped samples in {step} steps of {batch_size}"
+            f"the ledger does not balance: {used} used and {dropped} dropped of {state['slots']} samples"
         )
+    if state["slots"] != step * batch_size:  # resume=force has changed the batch on the way: no whole epochs to count
+        return {"used": used, "dropped": state["dropped"]}
     return {
         "epochs": begun,
         "indexed": begun * num_units,

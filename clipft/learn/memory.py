@@ -13,8 +13,9 @@ Try = Callable[[int], None]
 
 def host_memory() -> float:
     """Bytes that this machine, or the container that we are in, still has to give; infinite where nobody says."""
-    free = [_available(Path("/proc/meminfo")), _below_limit(CGROUP)]
-    return min(free)
+    second = (CGROUP, "memory.max", "memory.current", "inactive_file")
+    first = (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    return min(_available(Path("/proc/meminfo")), _below_limit(*second), _below_limit(*first))
 
 
 def _available(meminfo: Path) -> float:
@@ -25,11 +26,15 @@ def _available(meminfo: Path) -> float:
         return float("inf")
 
 
-def _below_limit(cgroup: Path) -> float:
+def _below_limit(cgroup: Path, limit: str, used: str, cache: str) -> float:
+    """What the container's limit leaves; cached files count as free, since the kernel drops them first."""
     try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return float("inf") if limit == "max" else max(0.0, float(limit) - float(used))
-    except (OSError, ValueError):
+        most, now = ((cgroup / name).read_text().strip() for name in (limit, used))
+        if most == "max":
+            return float("inf")
+        lines = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return max(0.0, float(most) - float(now) + float(lines[cache]))
+    except (OSError, ValueError, KeyError):
         return float("inf")
 
 

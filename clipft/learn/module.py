@@ -85,6 +85,7 @@ class ContrastiveModule(pl.LightningModule):
         assert not isinstance(optimizer, list)
         lr = self._set_lr(optimizer)
         optimizer.zero_grad()
+        statistics = [(buffer, buffer.clone()) for buffer in self._statistics()]
         gradients = contrastive_backward(
             self.encode,
             self.logit_scale,
@@ -103,9 +104,15 @@ class ContrastiveModule(pl.LightningModule):
         # With a scaler (fp16) Lightning sets the same from the scaler's own look at the gradients.
         optimizer.optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
+        for buffer, before in statistics:
+            buffer.copy_(torch.where(skipped, before, buffer))
         self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         self.step += 1
         self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm, skipped)
+
+    def _statistics(self) -> list[Tensor]:
+        """Buffers that a forward pass changes: the statistics of BatchNorm where they are trained."""
+        return list(self.model.buffers()) if self.plan.train_batch_norm else []
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -144,3 +151,5 @@ class ContrastiveModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}
         self.step = checkpoint["clipft"]["step"]
+        # The state of a run that was at its end, and goes on under more steps: Lightning would take it for done.
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False

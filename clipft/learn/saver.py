@@ -77,8 +77,15 @@ class Saver(CheckpointIO):
         for name in names:
             point(folder, name, path)
         forget_old(folder, self.keep)
-        entry = {"step": of["step"], "sha256": sha256, "bytes": path.stat().st_size, **of["ledger"], **self.about}
-        note_in_manifest(folder, [path.name, *(f"{name}.ckpt" for name in names)], entry)
+        try:
+            self._describe(path, names, sha256, of)
+        except OSError as error:
+            self.say(f"warning: {folder}/manifest.json was not written ({error}); the state itself is saved")
+
+    def _describe(self, path: Path, names: list[str], sha256: str, of: dict[str, Any]) -> None:
+        used = {"used": of["ledger"]["used"], "dropped": of["ledger"]["dropped"]}
+        entry = {"step": of["step"], "sha256": sha256, "bytes": path.stat().st_size, **used, **self.about}
+        note_in_manifest(path.parent, [path.name, *(f"{name}.ckpt" for name in names)], entry)
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -63,5 +63,10 @@ class StopRequest:
             os._exit(STOPS[name])  # Lightning would turn an exception into another exit code
         self.received = name
         if not self.stepping:
-            self.agreed = name
-            raise SystemExit(STOPS[name])
+            self.heed()
+
+    def heed(self) -> None:
+        """Ends this process by a signal that it has got, unless the ranks have agreed on a stop before."""
+        if self.received and not self.agreed:
+            self.agreed = self.received
+            raise SystemExit(STOPS[self.received])

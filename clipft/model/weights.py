@@ -88,6 +88,8 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+    except (OSError, MemoryError):  # about this machine, now; not about the file
+        raise
     except Exception as error:  # zipfile raises half a dozen types, by where the damage lies
         size = path.stat().st_size
         raise ValueError(f"{path} is damaged: {size:,} bytes that are no whole archive ({error}).") from error

@@ -46,18 +46,18 @@ def counts(**changed: int) -> dict[str, int]:
 def test_too_many_unusable_samples_stop_the_run_with_the_reasons():
     ledger = Ledger(max_bad_frac=0.05)
     ledger.mine = Counter(image_truncated=11)
-    ledger.add(179, 11)  # too few samples to speak of a rate
+    ledger.add(190, 179, 11)  # too few samples to speak of a rate
     with pytest.raises(ValueError, match=r"11 of the first 210 .*image_truncated 11.*data\.max_bad_frac=0\.05"):
-        ledger.add(20, 0)
-    Ledger(max_bad_frac=0.5).add(190, 20)
+        ledger.add(20, 20, 0)
+    Ledger(max_bad_frac=0.5).add(210, 190, 20)
 
 
 def test_the_ledger_accounts_for_every_sample_of_the_epochs_begun():
     ledger = Ledger(max_bad_frac=1.0)
     ledger.mine = Counter(bad_json=2)
     for _ in range(3):
-        ledger.add(used=8, dropped=0)
-    ledger.add(used=6, dropped=2)
+        ledger.add(8, used=8, dropped=0)
+    ledger.add(8, used=6, dropped=2)
     ledger.meet()
     found = account(ledger.state_dict(), num_units=27, batch_size=8, step=4)  # 3 steps and a remainder of 3 an epoch
     assert found == {
@@ -68,17 +68,20 @@ def test_the_ledger_accounts_for_every_sample_of_the_epochs_begun():
         "left_out": 3,
         "not_reached": 54 - 30 - 2 - 3,
     }
-    with pytest.raises(RuntimeError, match="does not balance: 30 used and 2 dropped samples in 5 steps"):
-        account(ledger.state_dict(), num_units=27, batch_size=8, step=5)
+    forced = account(ledger.state_dict(), num_units=27, batch_size=16, step=4)  # another batch size on the way
+    assert forced == {"used": 30, "dropped": {"bad_json": 2}}
+    ledger.num_used -= 1
+    with pytest.raises(RuntimeError, match="does not balance: 29 used and 2 dropped of 32 samples"):
+        account(ledger.state_dict(), num_units=27, batch_size=8, step=4)
 
 
 def test_a_ledger_goes_on_where_a_saved_one_stood():
     ledger, later = Ledger(max_bad_frac=1.0), Ledger(max_bad_frac=1.0)
     ledger.mine = Counter(bad_json=2)
-    ledger.add(used=6, dropped=2)
+    ledger.add(8, used=6, dropped=2)
     ledger.meet()
     later.load_state_dict(ledger.state_dict())
-    later.add(used=8, dropped=0)
+    later.add(8, used=8, dropped=0)
     assert (later.num_used, later.num_dropped, later.reasons) == (14, 2, {"bad_json": 2})
 
 
@@ -108,6 +111,7 @@ def test_rows_that_the_disk_refuses_wait_and_come_in_order(tmp_path, capsys):
         book.step(record(step), 4.0, counts(), wait_s=0.1, total_s=0.5)
         book.write()
     assert capsys.readouterr().err.count("rows wait in memory") == 1
+    assert book.file is not None
     (tmp_path / "metrics.csv").rmdir()
     (tmp_path / "metrics.csv").write_text(",".join(book.file.columns) + "\n")
     book.step(record(3), 4.0, counts(), wait_s=0.1, total_s=0.5)

@@ -27,7 +27,13 @@ def state(step: int, value: float = 1.0, best_step: int = 0) -> dict:
     return {
         "state_dict": {"weight": torch.full((4, 300), value), "bias": torch.zeros(4)},
         "optimizer_states": [],
-        "clipft": {"step": step, "best_step": best_step, "ledger": {"used": 8 * step, "dropped": {}}},
+        "clipft": {
+            "step": step,
+            "best_step": best_step,
+            "best_value": 0.5,
+            "select": "mean_recall@1",
+            "ledger": {"used": 8 * step, "dropped": {}},
+        },
     }
 
 
@@ -110,8 +116,53 @@ def test_without_any_good_state_it_is_said_what_to_do(tmp_path):
     assert find_state(tmp_path, MODEL) == Found()
     save_some(tmp_path, 5)
     flip_in_tensor(step_path(tmp_path, 5))  # best and last are the same file
-    with pytest.raises(ValueError, match=r"no state to go on from: .*step-00000005\.ckpt is damaged.*resume=restart"):
+    for _ in range(2):  # a job that is started again and again must not begin again by itself
+        with pytest.raises(ValueError, match=r"no state to go on from: .*05\.ckpt is damaged.*resume=restart"):
+            find_state(tmp_path, MODEL)
+    assert not list(tmp_path.glob("*.damaged"))
+    for path in tmp_path.glob("*.ckpt"):
+        path.rename(f"{path}.damaged")
+    with pytest.raises(ValueError, match="no state to go on from"):
         find_state(tmp_path, MODEL)
+
+
+def test_a_disk_that_does_not_answer_is_not_taken_for_a_damaged_state(tmp_path, monkeypatch):
+    save_some(tmp_path, 5)
+
+    def stale(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("zipfile.ZipFile", stale)
+    with pytest.raises(OSError, match="Stale"):
+        find_state(tmp_path, MODEL)
+    assert saved_steps(tmp_path) == [5]
+
+
+def test_a_kill_before_best_was_pointed_is_made_good(tmp_path):
+    save_some(tmp_path, 5)
+    write_state(state(10, best_step=10), step_path(tmp_path, 10))
+    found = find_state(tmp_path, MODEL)
+    assert (found.step, found.best) == (10, True)
+    assert saved_step(tmp_path / "best.ckpt") == saved_step(tmp_path / "last.ckpt") == 10
+    (tmp_path / "best.ckpt").unlink()
+    assert find_state(tmp_path, MODEL).best and saved_step(tmp_path / "best.ckpt") == 10
+
+
+def test_best_is_a_way_back_when_all_others_are_damaged(tmp_path):
+    save_some(tmp_path, 5, 10)
+    step_path(tmp_path, 5).unlink()
+    flip_in_tensor(step_path(tmp_path, 10))
+    found = find_state(tmp_path, MODEL)
+    assert (found.step, found.best) == (5, True) and saved_step(tmp_path / "last.ckpt") == 5
+
+
+def test_a_state_of_another_version_is_named_and_left_alone(tmp_path):
+    old = state(5)
+    del old["clipft"]["ledger"]
+    write_state(old, step_path(tmp_path, 5))
+    with pytest.raises(ValueError, match="was written by another version of clipft: it has no ledger"):
+        find_state(tmp_path, MODEL)
+    assert saved_steps(tmp_path) == [5]
 
 
 def test_a_damaged_best_is_forgotten(tmp_path):

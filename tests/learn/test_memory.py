@@ -63,12 +63,14 @@ def test_free_memory_is_the_least_that_machine_and_container_leave(tmp_path):
     assert 1e8 < host_memory() < 1e14
     (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:   2048 kB\n")
     assert _available(tmp_path / "meminfo") == 2048 * 1024 and _available(tmp_path / "none") == float("inf")
-    assert _below_limit(tmp_path) == float("inf")
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert _below_limit(tmp_path, *names) == float("inf")
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("4000\n")
-    assert _below_limit(tmp_path) == 1000
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 2500\n")
+    assert _below_limit(tmp_path, *names) == 3500
     (tmp_path / "memory.max").write_text("max\n")
-    assert _below_limit(tmp_path) == float("inf")
+    assert _below_limit(tmp_path, *names) == float("inf")
 
 
 def test_a_cpu_without_memory_is_known_by_its_message():
