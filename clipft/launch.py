@@ -146,6 +146,8 @@ def what_happened(ranks: list[Watched], ended: list[int], asked: list[int]) -> t
         if error and not ranks[number].said["through_another"]:
             several = sum(ranks[other].said.get("error") == error for other in failed) > 1
             return ranks[number].code or 1, error if several else named.format(number) + error
+    if asked.count(signal.SIGINT) > 1:  # the ranks were killed for it
+        return 130, ""
     stopped = [code for number in failed if (code := ranks[number].code) in STOPPED]
     if stopped and (asked or all("error" not in ranks[number].said for number in failed)):
         return stopped[0], ""
