@@ -212,6 +212,7 @@ def build_plan(job: Job) -> Plan:
         lr=config.optim.lr,
         seed=config.train.seed,
         train_batch_norm=config.train.batch_norm == "train",
+        with_ids=config.loss.positives != "pair",
     )
 
 

@@ -108,5 +108,6 @@ def outcome(path: Path) -> dict[str, Any]:
     with (path / "metrics.csv").open() as text:
         timeless = ("train/samples_per_s", "train/data_wait_frac")
         rows = [{k: v for k, v in row.items() if k not in timeless} for row in csv.DictReader(text)]
-    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if "wandb" not in str(file))
+    names = (str(file.relative_to(path)) for file in path.rglob("*"))
+    files = sorted(name for name in names if "wandb" not in name and name != ".lock")
     return {"rows": rows, "results": results, "weights": weights.hexdigest(), "files": files}

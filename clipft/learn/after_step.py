@@ -38,10 +38,12 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Sums:
-    """A step's record with the sums over ranks as they stand on the device, and this rank's times."""
+    """A step's record with the sums over ranks, on their way to the host, and this rank's times."""
 
     record: StepRecord
     values: Tensor
+    """In host memory, there when `arrived` says so."""
+    arrived: torch.cuda.Event | None
     keys: list[str]
     wait_s: float
     total_s: float
@@ -124,7 +126,7 @@ class AfterStep(pl.Callback):
         assert isinstance(pl_module, ContrastiveModule) and pl_module.record is not None
         record, now = pl_module.record, time.perf_counter()
         last = record.step == pl_module.plan.num_steps
-        sums = Sums(record, self._sum(record, batch), batch.keys, self.start - self.end, now - self.end)
+        sums = Sums(record, *to_host(self._sum(record, batch)), batch.keys, self.start - self.end, now - self.end)
         self.waiting.append(sums)
         due = self._read(leave=self.lag)
         evaluate = due.evaluate or self.evaluate.due_by_step(record.step) or last
@@ -145,7 +147,7 @@ class AfterStep(pl.Callback):
         self.end = time.perf_counter()
 
     def _sum(self, record: StepRecord, batch: Batch) -> Tensor:
-        """Loss, rows with shared positives, used and dropped samples, skips, wishes to save, evaluate and stop."""
+        """Scale and norm, then sums over ranks: loss, shared positives, skips, used and dropped samples, wishes."""
         first = rank() == 0  # durations run on one clock
         wish = self.stop.wish()
         mine = [
@@ -155,12 +157,14 @@ class AfterStep(pl.Callback):
             *(wish == reason for reason in STOPS),
         ]
         gradients = record.gradients
-        host = torch.tensor([float(value) for value in mine], device=gradients.loss.device)
+        host = torch.tensor([float(value) for value in mine])
+        if gradients.loss.device.type == "cuda":  # from page-locked memory nobody waits for the copy
+            host = host.pin_memory().to(gradients.loss.device, non_blocking=True)
         device = [gradients.loss, gradients.shared, record.skipped, batch.valid.sum()]
         values = torch.cat([torch.stack([value.float() for value in device]), host])
         if world() > 1:
             dist.all_reduce(values)
-        return values
+        return torch.cat([torch.stack([record.scale.float().squeeze(), record.norm.float()]), values])
 
     def _read(self, leave: int) -> Due:
         """Writes down all steps but the newest `leave`; returns what is due because of them."""
@@ -168,11 +172,14 @@ class AfterStep(pl.Callback):
         stop = ""
         while len(self.waiting) > leave:
             sums = self.waiting.popleft()
-            loss, shared, skipped, used, dropped, saves, evaluates, *stops = sums.values.tolist()
+            if sums.arrived is not None:
+                sums.arrived.synchronize()
+            scale, norm, loss, shared, skipped, used, dropped, saves, evaluates, *stops = sums.values.tolist()
             save, evaluate = save or saves > 0, evaluate or evaluates > 0
             stop = next((reason for reason, wishes in zip(STOPS, stops, strict=True) if wishes > 0), stop)
             counts = {"shared_positives": int(shared), "dropped": int(dropped), "skipped": int(skipped > 0)}
-            self.journal.step(sums.record, loss, counts, sums.wait_s, sums.total_s)
+            shown = {"loss": loss, "scale": scale, "lr": sums.record.lr, "grad_norm": norm}
+            self.journal.step(sums.record.step, shown, counts, sums.wait_s, sums.total_s)
             self.ledger.add(self.journal.batch_size, int(used), int(dropped))
             self.skips.add(sums.record, sums.keys, skipped > 0)
         return Due(save, evaluate, stop)
@@ -191,6 +198,16 @@ class AfterStep(pl.Callback):
             step, metrics, f"{self.select} {value:.4f}", f"{self.best_value:.4f} at {self.best_step}"
         )
         return improved
+
+
+def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The values on their way to host memory, and what says that they are there: later steps need not be waited for."""
+    if values.device.type != "cuda":
+        return values, None
+    host, arrived = torch.empty_like(values, device="cpu", pin_memory=True), torch.cuda.Event()
+    host.copy_(values, non_blocking=True)
+    arrived.record()
+    return host, arrived
 
 
 def select_value(metrics: dict[str, float], select: str) -> float:

@@ -9,7 +9,6 @@ from pytorch_lightning.loggers import Logger
 
 from clipft.learn.loggers import each_guarded
 from clipft.learn.metrics_file import MetricsFile
-from clipft.learn.module import StepRecord
 
 LINE_EVERY_S = 10.0
 DRAW_EVERY_S = 0.2
@@ -39,18 +38,13 @@ class Journal:
         self.refused = False
         self.draws = sys.stderr.isatty()
 
-    def step(self, record: StepRecord, loss: float, counts: dict[str, int], wait_s: float, total_s: float) -> None:
+    def step(self, step: int, shown: dict[str, float], counts: dict[str, int], wait_s: float, total_s: float) -> None:
         """Takes down a step; `counts` are sums over ranks, such as the dropped samples."""
         self.wait_s, self.total_s = self.wait_s + wait_s, self.total_s + total_s
         self.num_dropped += counts["dropped"]
         if self.file is None:
             return
-        self.rows[record.step] = {
-            "train/loss": loss,
-            "train/scale": float(record.scale),
-            "train/lr": record.lr,
-            "train/grad_norm": float(record.norm),
-            **{f"train/{name}": count for name, count in counts.items()},
+        self.rows[step] = {f"train/{name}": value for name, value in (shown | counts).items()} | {
             "train/samples_per_s": self.batch_size / total_s,
             "train/data_wait_frac": wait_s / total_s,
         }

@@ -31,6 +31,8 @@ class Plan:
     lr: float
     seed: int
     train_batch_norm: bool
+    with_ids: bool
+    """Whether different pairs can belong together; else their ids need not be sent."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class ContrastiveModule(pl.LightningModule):
             getattr(self.model, "logit_bias", None),
             batch,
             loss=self.loss,
+            with_ids=self.plan.with_ids,
             batch_size=self.plan.batch_size,
             micro_batch=self.plan.micro_batch,
             seed=(self.plan.seed, self.step),

@@ -6,6 +6,7 @@ on how the batch is cut into ranks and micro-batches.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -28,6 +29,7 @@ def contrastive_backward(
     batch: Batch,
     *,
     loss: Loss,
+    with_ids: bool,
     batch_size: int,
     micro_batch: int,
     seed: tuple[int, ...],
@@ -48,7 +50,7 @@ def contrastive_backward(
     scale = logit_scale.detach().float().exp().squeeze()
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.detach().float().squeeze()
     with torch.autocast(image.device.type, enabled=False):  # scores and their sums are fp32 at any precision
-        everyone = gather_pairs(local, counts)
+        local, everyone = gather_pairs(local, counts, with_ids)
         gradients = loss(local, everyone, scale, bias, partial(gather_known_rows, counts=counts))
     start = 0
     for k, micro in enumerate(micros):
@@ -65,13 +67,20 @@ def contrastive_backward(
     return gradients
 
 
-def gather_pairs(local: Pairs, counts: list[int]) -> Pairs:
-    """The pairs of all ranks: one collective for features and validity, one for ids."""
+def gather_pairs(local: Pairs, counts: list[int], with_ids: bool) -> tuple[Pairs, Pairs]:
+    """The local pairs and those of all ranks: one collective for features and validity, one for ids where they count.
+
+    Without, every pair's id is its place in the global batch.
+    """
     width = local.image.shape[1]
     rows = torch.cat([local.image, local.text, local.valid[:, None].to(local.image.dtype)], dim=1)
     rows = gather_known_rows(rows, counts)
-    ids = gather_known_rows(local.ids, counts)
-    return Pairs(rows[:, :width], rows[:, width : 2 * width], ids, rows[:, -1] > 0)
+    if with_ids:
+        ids = gather_known_rows(local.ids, counts)
+    else:
+        ids = torch.arange(sum(counts), device=rows.device)
+        local = replace(local, ids=ids[local.start : local.start + len(local.ids)])
+    return local, Pairs(rows[:, :width], rows[:, width : 2 * width], ids, rows[:, -1] > 0)
 
 
 def _encode_seeded(encode: Encode, micro: Batch, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,10 @@ def journal(path: Path) -> Journal:
     )
 
 
+def shown() -> dict[str, float]:
+    return {"loss": 4.0, "scale": 14.0, "lr": 1e-5, "grad_norm": 2.0}
+
+
 def counts(**changed: int) -> dict[str, int]:
     return {"shared_positives": 3, "dropped": 1, "skipped": 0} | changed
 
@@ -88,7 +92,7 @@ def test_a_ledger_goes_on_where_a_saved_one_stood():
 def test_the_journal_writes_a_row_per_step_and_shows_the_loss_beside_chance(tmp_path, capsys):
     book = journal(tmp_path / "metrics.csv")
     for step in range(1, 11):
-        book.step(record(step), 4.0, counts(), wait_s=0.1, total_s=0.5)
+        book.step(step, shown(), counts(), wait_s=0.1, total_s=0.5)
         if step == 5:
             book.validation(5, {"text_to_image_recall@1": 0.25}, "mean_recall@1 0.2500", "0.2500 at 5")
         book.write()
@@ -105,23 +109,23 @@ def test_the_journal_writes_a_row_per_step_and_shows_the_loss_beside_chance(tmp_
 def test_rows_that_the_disk_refuses_wait_and_come_in_order(tmp_path, capsys):
     """A folder in the file's place refuses as a full disk does."""
     book = journal(tmp_path / "metrics.csv")
-    book.step(record(1), 4.0, counts(), wait_s=0.1, total_s=0.5)
+    book.step(1, shown(), counts(), wait_s=0.1, total_s=0.5)
     (tmp_path / "metrics.csv").mkdir()
     for step in (1, 2):
-        book.step(record(step), 4.0, counts(), wait_s=0.1, total_s=0.5)
+        book.step(step, shown(), counts(), wait_s=0.1, total_s=0.5)
         book.write()
     assert capsys.readouterr().err.count("rows wait in memory") == 1
     assert book.file is not None
     (tmp_path / "metrics.csv").rmdir()
     (tmp_path / "metrics.csv").write_text(",".join(book.file.columns) + "\n")
-    book.step(record(3), 4.0, counts(), wait_s=0.1, total_s=0.5)
+    book.step(3, shown(), counts(), wait_s=0.1, total_s=0.5)
     book.write()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.csv")] == ["1", "2", "3"]
 
 
 def test_ranks_other_than_the_first_write_nothing(tmp_path, capsys):
     book = Journal(None, [], lambda text: None, batch_size=100, chance=4.6, num_steps=10, first_step=0)
-    book.step(record(10), 4.0, counts(), wait_s=0.1, total_s=0.5)
+    book.step(10, shown(), counts(), wait_s=0.1, total_s=0.5)
     book.write()
     book.print("hello")
     assert capsys.readouterr().err == ""

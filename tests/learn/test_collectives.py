@@ -18,7 +18,7 @@ GATHER, REDUCE = "gloo:all_gather", "gloo:all_reduce"
 BUCKET_MB = 0.0005  # so that even these small towers fill several
 
 
-def collectives_of_a_step(name: str, micro_batch: int) -> dict[str, dict[str, int] | int]:
+def collectives_of_a_step(name: str, micro_batch: int, with_ids: bool) -> dict[str, dict[str, int] | int]:
     """Names and numbers of a step's collectives, of those during its backward, and DDP's number of buckets."""
     case = small_case()
     scale, bias = scale_and_bias(case.model, name)
@@ -37,6 +37,7 @@ def collectives_of_a_step(name: str, micro_batch: int) -> dict[str, dict[str, in
             bias,
             batch,
             loss=build_loss(name, "share"),
+            with_ids=with_ids,
             batch_size=BATCH,
             micro_batch=micro_batch,
             seed=(0, 0),
@@ -61,7 +62,7 @@ def collectives_of_a_step(name: str, micro_batch: int) -> dict[str, dict[str, in
     }
 
 
-SETTINGS = [("clip", 100), ("clip", 2), ("siglip", 100), ("siglip", 2)]
+SETTINGS = [("clip", 100, True), ("clip", 2, True), ("siglip", 100, True), ("siglip", 2, True), ("clip", 2, False)]
 
 
 def collectives() -> list[dict[str, dict[str, int] | int]]:
@@ -71,8 +72,8 @@ def collectives() -> list[dict[str, dict[str, int] | int]]:
 @pytest.mark.process
 def test_a_step_gathers_features_ids_and_log_sum_exps_once_and_its_backward_only_fills_ddps_buckets(tmp_path):
     for found in on_ranks(2, tmp_path, collectives):
-        for (name, micro_batch), of in zip(SETTINGS, found, strict=True):
-            gathers, buckets = 3 if name == "clip" else 2, of["buckets"]
+        for (name, micro_batch, with_ids), of in zip(SETTINGS, found, strict=True):
+            gathers, buckets = 1 + (name == "clip") + with_ids, of["buckets"]
             assert of["backwards"] == (1 if micro_batch == 100 else 3) and buckets > 2
             assert of["all"] == {
                 "c10d::_allgather_base_": gathers,

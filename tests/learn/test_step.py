@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from clipft.data.loader import Batch
 from clipft.data.order import rank_slice
 from clipft.learn.gather import gather_known_rows, gather_rows, rank, world
-from clipft.learn.losses import LocalGradients, build_loss
-from clipft.learn.step import Encode, contrastive_backward
+from clipft.learn.losses import LocalGradients, Pairs, build_loss
+from clipft.learn.step import Encode, contrastive_backward, gather_pairs
 from clipft.model.encode import encode_image, encode_text, to_float
 from clipft.model.load import build
 from clipft.model.names import architecture_cfg
@@ -154,6 +154,7 @@ def step_gradients(case: Case, name: str, duplicates: str, micro_batches: Sequen
                 bias,
                 batch,
                 loss=build_loss(name, duplicates),
+                with_ids=True,
                 batch_size=BATCH,
                 micro_batch=micro_batch,
                 seed=(0, 0),
@@ -304,3 +305,12 @@ def test_gathered_rows_come_in_the_order_of_ranks_whatever_their_number(tmp_path
     expected = torch.tensor([0, 1, 1, 2, 2, 2]).float()[:, None].expand(6, 2)
     for each in on_ranks(3, tmp_path, gathered):
         assert torch.equal(each["unknown"], expected) and torch.equal(each["known"], expected)
+
+
+def test_where_no_two_pairs_belong_together_their_places_are_their_ids():
+    rows, valid = torch.eye(3), torch.ones(3, dtype=torch.bool)
+    local = Pairs(rows, rows, torch.full((3,), 7), valid)
+    mine, everyone = gather_pairs(local, [3], with_ids=False)
+    assert mine.ids.tolist() == everyone.ids.tolist() == [0, 1, 2]
+    mine, everyone = gather_pairs(local, [3], with_ids=True)
+    assert mine.ids.tolist() == everyone.ids.tolist() == [7, 7, 7]
