@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from clipft.config import Config
 from clipft.data.loader import Batch
-from clipft.data.order import rank_slice
+from clipft.data.order import largest_share
+from clipft.files import replace_file
 from clipft.learn.memory import is_out_of_memory, largest_that_fits
 from clipft.learn.module import train_mode
 from clipft.learn.step import Encode
 from clipft.model.load import Clip
 from clipft.ranks import Ranks
 from clipft.report import RunFailed
-from clipft.rundir import write_text
 
 REMEMBERED = "micro_batch.json"
 FLOAT_BYTES = 4
@@ -26,7 +26,7 @@ BALLAST = 0.1  # of a GPU's memory, kept free in a trial: DDP's buckets, gathere
 
 def choose_micro_batch(config: Config, folder: Path, ranks: Ranks, clip: Clip, encode: Encode) -> int:
     """Pairs at a time, the same on all ranks; what was tried is kept in the run's folder for the next start."""
-    share = max(share_of(config, rank, ranks.world) for rank in range(ranks.world))
+    share = largest_share(config.train.batch_size, ranks.world)
     if config.train.micro_batch is not None:
         return min(config.train.micro_batch, share)
     found = torch.tensor(remembered(folder, place(config, ranks)) or tried(share, ranks, clip, encode))
@@ -40,11 +40,6 @@ def choose_micro_batch(config: Config, folder: Path, ranks: Ranks, clip: Clip, e
     if ranks.first:
         remember(folder, place(config, ranks), int(found))
     return int(found)
-
-
-def share_of(config: Config, rank: int, world: int) -> int:
-    part = rank_slice(config.train.batch_size, rank, world)
-    return part.stop - part.start
 
 
 def place(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -68,7 +63,7 @@ def remembered(folder: Path, here: dict[str, Any]) -> int | None:
 
 
 def remember(folder: Path, here: dict[str, Any], pairs: int) -> None:
-    write_text(folder / REMEMBERED, json.dumps({"micro_batch": pairs, "conditions": here}, indent=1) + "\n")
+    replace_file(folder / REMEMBERED, json.dumps({"micro_batch": pairs, "conditions": here}, indent=1) + "\n")
 
 
 def tried(share: int, ranks: Ranks, clip: Clip, encode: Encode) -> int:

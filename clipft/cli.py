@@ -12,6 +12,7 @@ from typing import Any
 from clipft.arguments import options_of, to_overrides
 from clipft.conf_files import conf_dirs, yaml_names
 from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig
+from clipft.learn.stop import STOPPED
 from clipft.model.names import architecture_names
 from clipft.report import RunFailed
 from clipft.rundir import save_config, settle
@@ -29,7 +30,6 @@ clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot n
 clipft export run=runs/emoji                           a folder that open_clip loads"""
 
 
-STOPPED = (130, 143)
 TOY_PATH = "data/toy"  # of conf/data/toy.yaml; a folder of the user's that is called toy lies elsewhere
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from clipft.learn.stop import STOPPED
 from clipft.report import PIPE
 
 GRACE_S = 8.0  # for the other ranks once one has failed
 SAVE_S = 120.0  # for the other ranks once one has stopped as it was asked to: the first one may still be saving
 STACK_S = 1.0  # for a rank that hangs to show where
 POLL_S = 0.05
-STOPPED = (130, 143)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clipft.conf_files import named_data
 from clipft.config import Config, DataConfig
 from clipft.data.caption import captions_of, group_of
-from clipft.data.order import steps_per_epoch
+from clipft.data.order import largest_share, steps_per_epoch
 from clipft.data.pairs import Units, build_units
 from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
@@ -130,7 +130,7 @@ def plan_lines(
     config: Config, splits: Splits, steps: Steps, clip: "Clip", ranks: "Ranks", trim: bool, micro: int, done: int
 ) -> list[str]:
     """What is about to happen, for the terminal."""
-    batch, share = config.train.batch_size, -(-config.train.batch_size // ranks.world)
+    batch, share = config.train.batch_size, largest_share(config.train.batch_size, ranks.world)
     parameters = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in parameters)
     total = sum(parameter.numel() for parameter in clip.model.parameters())
@@ -180,8 +180,7 @@ def model_notes(config: Config, model: "nn.Module") -> list[str]:
 
 def check_batch_norm(config: Config, world: int, micro: int) -> None:
     """Raises where trained BatchNorm statistics would depend on how the batch is cut."""
-    share = config.train.batch_size // world
-    if config.train.batch_norm == "train" and (world > 1 or micro < share):
+    if config.train.batch_norm == "train" and (world > 1 or micro < config.train.batch_size):
         raise ValueError(
             f"train.batch_norm=train needs the whole batch at once, and here are {world} devices with {micro} pairs at "
             "a time: the statistics would be those of the parts. Use one device and a train.batch_size that fits, or "

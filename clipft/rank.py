@@ -87,7 +87,7 @@ def train_under_torchrun(config: Config, prepare: Callable[[Config], Path | None
         from clipft.ranks import check_alike, first_to_all, joined
 
         with joined(config.trainer) as ranks:
-            check_alike(ranks, {key: str(value) for key, value in what_matters(config).items()})
+            check_alike({key: str(value) for key, value in what_matters(config).items()})
             folder = first_to_all(ranks, lambda: prepare(config))
             if folder is None:
                 return 0

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from clipft.config import TrainerConfig
+from clipft.learn.gather import all_objects
 
 Decided = TypeVar("Decided")
 
@@ -117,12 +118,9 @@ def meet(ranks: Ranks) -> None:
         dist.barrier()
 
 
-def check_alike(ranks: Ranks, facts: dict[str, str]) -> None:
+def check_alike(facts: dict[str, str]) -> None:
     """Raises on every rank, naming rank and key, unless all have the same facts."""
-    if ranks.world == 1:
-        return
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, facts)
+    everyone = all_objects(facts)
     for rank, theirs in enumerate(everyone):
         for key in sorted(facts.keys() | theirs.keys()):
             if theirs.get(key) != everyone[0].get(key):

@@ -3,7 +3,6 @@
 import fcntl
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from clipft.config import Config
+from clipft.files import replace_file
 
 Schema = TypeVar("Schema")
 
@@ -135,24 +135,13 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    write_text(path / "results.json", json.dumps(results, indent=2) + "\n")
+    replace_file(path / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def log(folder: Path, text: str) -> None:
     """Adds the text to the run's log.txt, with the time, where the disk takes it: all of it is shown elsewhere too."""
     with suppress(OSError), (folder / "log.txt").open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file's content in one move."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:  # of a full disk without a name
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
@@ -175,7 +164,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def save_config(path: Path, config: Any) -> None:
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_config(path: Path, schema: type[Schema]) -> Schema:

@@ -23,7 +23,7 @@ def said(function) -> str:
 
 
 def compared(facts: list[dict[str, str]]) -> str:
-    return said(lambda: check_alike(here(), facts[rank()]))
+    return said(lambda: check_alike(facts[rank()]))
 
 
 def test_every_rank_names_the_rank_and_the_key_that_differ(tmp_path):

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from jaxtyping import Int64
 
 from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample
 from clipft.data.shard import ShardIndex, scan_shard
+from clipft.files import replace_file, user_cache
 
 VERSION = 1  # of the index file; another version is scanned again
 OPEN_SHARDS = 256  # file descriptors per process; the usual limit is 1024
@@ -22,11 +23,10 @@ OPEN_SHARDS = 256  # file descriptors per process; the usual limit is 1024
 def index_places(path: str | Path) -> list[Path]:
     """Where the index of a shard may lie: beside it, else in the user's cache."""
     path = Path(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     return [
         path.with_name(path.name + ".index.json"),
-        cache / "clipft" / "index" / f"{digest}-{path.name}.json",
+        user_cache() / "index" / f"{digest}-{path.name}.json",
     ]
 
 
@@ -43,19 +43,14 @@ def read_index(place: Path) -> ShardIndex | None:
 
 
 def write_index(path: str | Path) -> ShardIndex:
-    """Scan a shard and store its index, in one move so that a reader never sees half of it."""
+    """Scan a shard and store its index."""
     index = scan_shard(path)
     text = json.dumps({"version": VERSION, **asdict(index)}, separators=(",", ":"))
     for place in index_places(path):
-        temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
-        try:
+        with suppress(OSError):  # a read-only or full place; without any place the shard is scanned at each start
             place.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, "utf-8")
-            os.replace(temporary, place)
+            replace_file(place, text)
             return index
-        except OSError:  # a read-only or full place; without any place the shard is scanned at each start
-            if os.access(temporary, os.F_OK):
-                temporary.unlink()
     return index
 
 

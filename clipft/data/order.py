@@ -63,3 +63,8 @@ def rank_slice(batch_size: int, rank: int, world: int) -> slice:
             "Use a larger batch or fewer trainer.devices."
         )
     return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+
+def largest_share(batch_size: int, world: int) -> int:
+    """Rows of the largest of these slices."""
+    return -(-batch_size // world)

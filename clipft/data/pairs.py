@@ -1,8 +1,7 @@
 """Samples to the units that an epoch is made of: the samples themselves, or their pairs of image and caption."""
 
 import hashlib
-import os
-import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from jaxtyping import Int64
 from clipft.data.caption import captions_of
 from clipft.data.index import Samples
 from clipft.data.sample import BadSample
+from clipft.files import replace_file, user_cache
 
 VERSION = 1  # of the stored counts; to be raised when captions_of finds others in the same bytes
 
@@ -68,10 +68,9 @@ def num_captions(samples: Samples, i: int) -> int:
 
 def counts_place(samples: Samples) -> Path:
     """Where the counts of these samples lie in the user's cache: another name when a shard was written again."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     # The fingerprint alone does not see a change that keeps every size.
     digest = hashlib.sha256(f"{VERSION} {samples.fingerprint} {samples.stamps.tolist()}".encode())
-    return cache / "clipft" / "captions" / digest.hexdigest()
+    return user_cache() / "captions" / digest.hexdigest()
 
 
 def read_counts(place: Path, num_samples: int) -> Int64[np.ndarray, " samples"] | None:
@@ -88,13 +87,8 @@ def read_counts(place: Path, num_samples: int) -> Int64[np.ndarray, " samples"] 
 
 
 def write_counts(place: Path, counts: Int64[np.ndarray, " samples"]) -> None:
-    """Store the counts behind their sha256, in one move so that a reader never sees half of them."""
+    """Store the counts behind their sha256."""
     content = counts.astype("<i8").tobytes()
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
-    try:
+    with suppress(OSError):  # a read-only or full place: they are counted at each start
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        os.replace(temporary, place)
-    except OSError:  # a read-only or full place: they are counted at each start
-        if os.access(temporary, os.F_OK):
-            temporary.unlink()
+        replace_file(place, hashlib.sha256(content).digest() + content)

@@ -15,6 +15,7 @@ from braceexpand import braceexpand
 
 from clipft.config import DataConfig
 from clipft.data.index import Samples, index_shards
+from clipft.files import replace_file
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 SPLIT_OF = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
@@ -188,9 +189,7 @@ def write_manifest(folder: Path, name: str, shards: dict[str, list[Path]], num_s
             "samples": sum(entry["samples"] for entry in entries),
             "bytes": sum(entry["bytes"] for entry in entries),
         }
-    temporary = folder / f".{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"version": 1, "name": name, "splits": splits}, indent=1) + "\n", "utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    replace_file(folder / MANIFEST, json.dumps({"version": 1, "name": name, "splits": splits}, indent=1) + "\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from clipft.files import replace_file
 from clipft.model.weights import check_archive, first_differences
 
 MANIFEST = "manifest.json"  # what is known of each state, for people and tools; loading does not depend on it
@@ -107,10 +108,12 @@ def find_state(folder: Path, model: nn.Module) -> Found:
     candidates = [path for path in [*reversed(step_paths(folder)), last, best] if path.exists()]
     problems: dict[Path, str] = {}
     for path in candidates:
-        problem = problem_of(path, model)
-        if problem is None:
-            return go_on_from(path, problems | problems_of_best(best, model))
-        problems[path] = problem
+        try:
+            state = state_of(path, model)
+        except ValueError as error:
+            problems[path] = str(error)
+            continue
+        return go_on_from(path, state, best_step_of(best, path, state, model, problems), problems)
     if candidates or any(folder.glob("*.damaged")):
         raise ValueError(
             f"{folder} has no state to go on from: {' '.join(problems.values())} Use resume=restart to begin again, or "
@@ -119,42 +122,52 @@ def find_state(folder: Path, model: nn.Module) -> Found:
     return Found()
 
 
-def problems_of_best(best: Path, model: nn.Module) -> dict[Path, str]:
-    problem = problem_of(best, model) if best.exists() else None
-    return {best: problem} if problem else {}
+def state_of(path: Path, model: nn.Module) -> dict[str, Any]:
+    """What the state says of itself; raises, in one sentence, when it cannot be used for this model."""
+    state = read_state(path)
+    if differences := first_differences(model, state["state_dict"]):
+        raise ValueError(f"{path} holds the weights of another model: {differences}.")
+    return state["clipft"]
 
 
-def go_on_from(path: Path, problems: dict[Path, str]) -> Found:
+def best_step_of(
+    best: Path, found: Path, state: dict[str, Any], model: nn.Module, problems: dict[Path, str]
+) -> int | None:
+    """The step of best.ckpt, None where it is not there or cannot be used, which then is one of the problems."""
+    if not best.exists() or best.samefile(found):
+        return state["step"] if best.exists() else None
+    try:
+        return state_of(best, model)["step"]
+    except ValueError as error:
+        problems[best] = str(error)
+        return None
+
+
+def go_on_from(path: Path, state: dict[str, Any], best_step: int | None, problems: dict[Path, str]) -> Found:
     """Makes last.ckpt this state, and best.ckpt what the state says, where a kill or damage has left them otherwise."""
-    folder, notes = path.parent, []
+    folder, last, notes = path.parent, path.parent / "last.ckpt", []
     for bad, problem in problems.items():
         aside = bad.with_name(f"{bad.name}.damaged")
         os.replace(bad, aside)
         notes.append(f"{problem} It is now called {aside.name}.")
-    best, last = folder / "best.ckpt", folder / "last.ckpt"
-    state = read_state(path)["clipft"]
     if not (last.exists() and last.samefile(path)):
         point(folder, "last", path)
     if problems:
         notes.append(f"Going on from {path.name}, step {state['step']}.")
-    best_is_there = best.exists() and state["best_step"] in (0, saved_step(best))
+    best_is_there = best_step is not None and state["best_step"] in (0, best_step)
     if not best_is_there:
         point(folder, "best", path)
     return Found(state["step"], str(path), notes, best_is_there or state["best_step"] in (0, state["step"]))
 
 
-def problem_of(path: Path, model: nn.Module) -> str | None:
-    """Why the state cannot be used, in one sentence; None when it can."""
-    try:
-        differences = first_differences(model, read_state(path)["state_dict"])
-    except ValueError as error:
-        return str(error)
-    return f"{path} holds the weights of another model: {differences}." if differences else None
+def said_by(path: Path) -> dict[str, Any]:
+    """What a state says of itself, without its tensors being read."""
+    return torch.load(path, weights_only=True, mmap=True)["clipft"]
 
 
 def saved_step(path: Path) -> int:
     """The step of a saved state; 0 where there is none."""
-    return torch.load(path, weights_only=True, mmap=True)["clipft"]["step"] if path.exists() else 0
+    return said_by(path)["step"] if path.exists() else 0
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -206,6 +219,4 @@ def note_in_manifest(folder: Path, names: list[str], entry: dict[str, Any]) -> N
         entries = {}
     entries |= dict.fromkeys(names, entry | {"saved_at": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}"})
     entries = {name: value for name, value in sorted(entries.items()) if (folder / name).exists()}
-    temporary = folder / f".{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, json.dumps(entries, indent=1) + "\n")

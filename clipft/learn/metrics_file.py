@@ -6,6 +6,8 @@ import io
 import os
 from pathlib import Path
 
+from clipft.files import replace_file
+
 
 class MetricsFile:
     """Appends rows to a CSV file; each is on disk when `append` returns."""
@@ -26,9 +28,8 @@ class MetricsFile:
         line = self._line(row).encode()
         with self.path.open("ab", buffering=0) as file:
             size = file.tell()
-            if file.write(line) != len(
-                line
-            ):  # a nearly full disk takes part of it; the next line would be glued to that
+            # A nearly full disk takes part of a line; the next one would be glued to it.
+            if file.write(line) != len(line):
                 os.truncate(self.path, size)
                 raise OSError(errno.ENOSPC, "no room for a whole line", str(self.path))
 
@@ -41,10 +42,8 @@ class MetricsFile:
             raise
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         header = ",".join(self.columns) + "\n"
-        temporary.write_text(header + "".join(self._line(row) for row in rows))
-        os.replace(temporary, self.path)
+        replace_file(self.path, header + "".join(self._line(row) for row in rows))
 
     def _line(self, row: dict[str, str]) -> str:
         text = io.StringIO()

@@ -10,6 +10,7 @@ from clipft.config import Every
 
 # Why a run stops before its end, in the order of precedence, with its exit code.
 STOPS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "train.max_time": 143}
+STOPPED = frozenset(STOPS.values())
 
 
 class Timer:
@@ -62,11 +63,6 @@ class StopRequest:
         if name == self.received == "SIGINT":
             os._exit(STOPS[name])  # Lightning would turn an exception into another exit code
         self.received = name
-        if not self.stepping:
-            self.heed()
-
-    def heed(self) -> None:
-        """Ends this process by a signal that it has got, unless the ranks have agreed on a stop before."""
-        if self.received and not self.agreed:
-            self.agreed = self.received
-            raise SystemExit(STOPS[self.received])
+        if not self.stepping and not self.agreed:  # else the state that they agreed on is still being written
+            self.agreed = name
+            raise SystemExit(STOPS[name])

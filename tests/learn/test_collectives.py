@@ -4,15 +4,10 @@ from collections import Counter
 
 import pytest
 from ranks import on_ranks
-from test_step import BATCH, Wrapped, inside_forward, prepared_backward, scale_and_bias, small_case
+from test_step import Wrapped, own_step, prepared_backward, scale_and_bias, small_case
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from clipft.data.order import rank_slice
-from clipft.learn.gather import rank, world
-from clipft.learn.losses import LocalGradients, build_loss
-from clipft.learn.step import contrastive_backward
 
 GATHER, REDUCE = "gloo:all_gather", "gloo:all_reduce"
 BUCKET_MB = 0.0005  # so that even these small towers fill several
@@ -21,34 +16,21 @@ BUCKET_MB = 0.0005  # so that even these small towers fill several
 def collectives_of_a_step(name: str, micro_batch: int, with_ids: bool) -> dict[str, dict[str, int] | int]:
     """Names and numbers of a step's collectives, of those during its backward, and DDP's number of buckets."""
     case = small_case()
-    scale, bias = scale_and_bias(case.model, name)
+    scale_and_bias(case.model, name)  # before DDP looks at what is trained
     wrapped = DistributedDataParallel(Wrapped(case.model), bucket_cap_mb=BUCKET_MB)
-    batch = case.batch._rows(rank_slice(BATCH, rank(), world()))
     prepared = prepared_backward(wrapped)
 
     def backward(loss: Tensor) -> None:
         with record_function("backward"):
             prepared(loss)
 
-    def work() -> LocalGradients:
-        return contrastive_backward(
-            case.encode,
-            scale,
-            bias,
-            batch,
-            loss=build_loss(name, "share"),
-            with_ids=with_ids,
-            batch_size=BATCH,
-            micro_batch=micro_batch,
-            seed=(0, 0),
-            backward=backward,
-            no_sync=wrapped.no_sync,
-        )
+    def step() -> None:
+        own_step(case, wrapped, name, "share", micro_batch, backward, with_ids)
 
     for _ in range(2):  # DDP makes its buckets anew after the first step
-        inside_forward(wrapped, work)
+        step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        inside_forward(wrapped, work)
+        step()
     events = profiler.events() or []
     spans = [event.time_range for event in events if event.name == "backward"]
     sent = [event for event in events if event.name.startswith(("gloo:", "nccl:", "c10d::"))]

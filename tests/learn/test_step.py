@@ -142,31 +142,45 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def step_gradients(case: Case, name: str, duplicates: str, micro_batches: Sequence[int]) -> list[dict[str, Tensor]]:
     """Gradients after steps of ours on this rank's slice, under DDP where there are ranks."""
-    scale, bias = scale_and_bias(case.model, name)
+    scale_and_bias(case.model, name)  # before DDP looks at what is trained
     wrapped = DistributedDataParallel(Wrapped(case.model)) if dist.is_initialized() else None
-    batch = case.batch._rows(rank_slice(BATCH, rank(), world()))
 
     def step(micro_batch: int) -> dict[str, Tensor]:
-        def work() -> LocalGradients:
-            return contrastive_backward(
-                case.encode,
-                scale,
-                bias,
-                batch,
-                loss=build_loss(name, duplicates),
-                with_ids=True,
-                batch_size=BATCH,
-                micro_batch=micro_batch,
-                seed=(0, 0),
-                backward=prepared_backward(wrapped),
-                no_sync=wrapped.no_sync if wrapped else nullcontext,
-            )
-
         case.model.zero_grad()
-        local = inside_forward(wrapped, work) if wrapped else work()
+        local = own_step(case, wrapped, name, duplicates, micro_batch, prepared_backward(wrapped))
         return {"loss": gather_rows(local.loss[None]).sum(), **gradients(case.model)}
 
     return [step(micro_batch) for micro_batch in micro_batches]
+
+
+def own_step(
+    case: Case,
+    wrapped: DistributedDataParallel | None,
+    name: str,
+    duplicates: str,
+    micro_batch: int,
+    backward: Callable[[Tensor], None],
+    with_ids: bool = True,
+) -> LocalGradients:
+    """A step of ours on this rank's slice."""
+    scale, bias = scale_and_bias(case.model, name)
+
+    def work() -> LocalGradients:
+        return contrastive_backward(
+            case.encode,
+            scale,
+            bias,
+            case.batch._rows(rank_slice(BATCH, rank(), world())),
+            loss=build_loss(name, duplicates),
+            with_ids=with_ids,
+            batch_size=BATCH,
+            micro_batch=micro_batch,
+            seed=(0, 0),
+            backward=backward,
+            no_sync=wrapped.no_sync if wrapped else nullcontext,
+        )
+
+    return inside_forward(wrapped, work) if wrapped else work()
 
 
 def inside_forward(wrapped: DistributedDataParallel, work: Callable[[], LocalGradients]) -> LocalGradients:
