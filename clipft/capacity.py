@@ -100,7 +100,7 @@ def full_length_batch(clip: Clip, pairs: int) -> Batch:
         valid=torch.ones(pairs, dtype=torch.bool),
         ids=torch.arange(pairs),
         keys=[str(row) for row in range(pairs)],
-        dropped={},
+        bad={},
     )
 
 

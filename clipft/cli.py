@@ -11,7 +11,7 @@ from typing import Any
 
 from clipft.arguments import options_of, to_overrides
 from clipft.conf_files import conf_dirs, yaml_names
-from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig
+from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig, VerifyConfig
 from clipft.learn.stop import STOPPED
 from clipft.model.names import architecture_names
 from clipft.report import RunFailed
@@ -71,7 +71,7 @@ def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def help_text(name: str | None) -> str:
-    commands = "\n".join(f"  clipft {each:<10} {command.doc}" for each, command in COMMANDS.items())
+    commands = "\n".join(f"  clipft {each:<11} {command.doc}" for each, command in COMMANDS.items())
     text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\nExamples\n{EXAMPLES}\n"
     command = COMMANDS[name or "train"]
     options = list(options_of(command.schema))
@@ -216,6 +216,16 @@ def pack(config: PackConfig) -> int:
     return 0
 
 
+def verify(config: VerifyConfig) -> int:
+    from clipft.data import verify as module
+
+    make_toy_data(config.data)
+    report = module.verify(config)
+    print(module.describe(report), flush=True)
+    module.refuse(report, config.data.max_bad_frac)
+    return 0
+
+
 def make_toy_data(config: DataConfig) -> None:
     """The data set of conf/data/toy.yaml is drawn when it is first asked for."""
     if config.name == "toy" and config.path == TOY_PATH:
@@ -229,4 +239,5 @@ COMMANDS = {
     "evaluate": Command(EvaluateConfig, "evaluate", evaluate, "measure a model on a data set"),
     "export": Command(ExportConfig, "export", export, "write a run's weights as files that open_clip loads"),
     "data pack": Command(PackConfig, "pack", pack, "write WebDataset shards from a folder"),
+    "data verify": Command(VerifyConfig, "verify", verify, "read a data set whole: is it as it was written"),
 }

@@ -3,7 +3,9 @@
 Nothing else defines a default; the YAML files in conf/ state differences from these.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +62,21 @@ def as_shards(key: str, value: Any) -> list[str]:
     return values
 
 
+def as_sources(key: str, value: Any) -> list[Any]:
+    """as_shards, or a list of {shards: ..., weight: ...} with shards as a list and weight a number above 0."""
+    if isinstance(value, str) or not any(isinstance(item, Mapping) for item in value or []):
+        return as_shards(key, value)
+    sources = []
+    for item in value:
+        if not isinstance(item, Mapping) or item.keys() - {"shards", "weight"} or not item.get("shards"):
+            raise ValueError(f"{key}: {item!r} must be {{shards: SHARDS, weight: NUMBER}}, as every source beside it.")
+        weight = item.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"{key}: weight={weight!r} must be a number greater than 0.")
+        sources.append({"shards": as_shards(key, item["shards"]), "weight": float(weight)})
+    return sources
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     name: str
@@ -81,7 +98,8 @@ class DataConfig:
     path: str | None = None
     """A packed folder (with shards.json); fills train, val and test where those are not given."""
     train: Any = None
-    """Training shards: a directory, a glob, quoted braces "x-{000..009}.tar", or a list of these."""
+    """Training shards: a directory, a glob, quoted braces "x-{000..009}.tar", or a list of these or of sources with
+    weights: [{shards: ..., weight: 2}, ...]."""
     val: Any = None
     """Validation shards: best.ckpt and early decisions come from these."""
     test: Any = None
@@ -90,6 +108,10 @@ class DataConfig:
     """Share of the training samples held out (by a hash of their keys) when there is no val; null: 0.05."""
     captions: str = "one"
     """one: an epoch is each image once, one of its captions drawn anew; all: every pair of image and caption once."""
+    lanes: int | None = None
+    """For sets larger than memory and disks that seek slowly: so many shards (times the window) are read at a time."""
+    window_shards: int | None = None
+    """Shards among which a lane shuffles; null: 8."""
     augment: str = "light"
     """none: resize and centre crop; light: random crop of 0.9 to 1.0; strong: light, affine and flip."""
     crop_min: float | None = None
@@ -102,13 +124,16 @@ class DataConfig:
     """Loader processes per rank; null: the cores of a rank less one, at most 8."""
     max_pixels: int = 64_000_000
     """Images with more pixels are dropped before they are decoded."""
+    text_errors: str = "strict"
+    """Captions that are not UTF-8: strict drops and counts them, replace keeps them with U+FFFD in the bad places."""
     max_bad_frac: float = 0.05
-    """Stop when more than this share of the samples read so far was unusable."""
+    """Stop when more than this share of the samples of a split, or of those read so far, cannot be used."""
 
     def __post_init__(self):
-        self.train = as_shards("data.train", self.train)
+        self.train = as_sources("data.train", self.train)
         self.val = as_shards("data.val", self.val)
         self.test = as_shards("data.test", self.test)
+        one_of("data.text_errors", self.text_errors, ("strict", "replace"))
         one_of("data.captions", self.captions, ("one", "all"))
         one_of("data.augment", self.augment, ("none", "light", "strong"))
         positive(data__crop_min=self.crop_min, data__max_pixels=self.max_pixels, data__val_frac=self.val_frac)
@@ -120,6 +145,9 @@ class DataConfig:
         )
         if self.affine_degrees is not None and not 0 <= self.affine_degrees <= 45:
             raise ValueError(f"data.affine_degrees={self.affine_degrees} must lie between 0 and 45.")
+        positive(data__lanes=self.lanes, data__window_shards=self.window_shards)
+        if self.window_shards is not None and self.lanes is None:
+            raise ValueError(f"data.window_shards={self.window_shards} would be ignored: it belongs to data.lanes.")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers={self.workers} must be 0 (load in the training process) or more.")
 
@@ -348,3 +376,12 @@ class PackConfig:
         positive(shard_samples=self.shard_samples)
         if not all("{c}" in template for template in self.templates):
             raise ValueError(f"templates={self.templates!r}: every template must contain {{c}}, the class name.")
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """What `clipft data verify` reads."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    decode: bool = True
+    """Also decode every image and read its captions; false: only checksums, tar headers and stored indexes."""

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from clipft import __version__
-from clipft.config import Config
+from clipft.config import Config, DataConfig, EvalConfig, EvaluateConfig
 from clipft.data.index import Samples
+from clipft.data.order import Order
 from clipft.data.split import Splits, load_splits
-from clipft.judge.evaluate import Evaluation, Task, build_task
+from clipft.judge.evaluate import Evaluation, Task, build_task, in_words
 from clipft.judge.evaluate import evaluate as evaluate_task
 from clipft.judge.table import print_results
 from clipft.learn.memory import is_out_of_memory
@@ -42,6 +43,7 @@ class Measure:
     batch_size: int
     workers: int
     max_pixels: int
+    max_bad_frac: float
 
     def __call__(self, task: Task) -> Evaluation:
         try:
@@ -55,7 +57,7 @@ class Measure:
             ) from error
 
     def _evaluate(self, task: Task) -> Evaluation:
-        return evaluate_task(
+        evaluation = evaluate_task(
             self.clip,
             task,
             relevance=self.relevance,
@@ -66,12 +68,40 @@ class Measure:
             trim=self.trim,
             autocast=self.ranks.autocast,
         )
+        check_dropped(evaluation, self.max_bad_frac)
+        return evaluation
+
+
+def build_measure(
+    config: EvalConfig | EvaluateConfig, data: DataConfig, clip: Clip, ranks: Ranks, trim: bool, workers: int
+) -> Measure:
+    return Measure(
+        clip,
+        ranks,
+        trim,
+        relevance=config.relevance,
+        batch_size=config.batch_size,
+        workers=workers,
+        max_pixels=data.max_pixels,
+        max_bad_frac=data.max_bad_frac,
+    )
+
+
+def check_dropped(evaluation: Evaluation, max_bad_frac: float) -> None:
+    """Raises where so many samples could not be used that the numbers are of another set."""
+    indexed, used, dropped = (evaluation.gallery[name] for name in ("indexed", "used", "dropped"))
+    if indexed - used > max_bad_frac * indexed:
+        raise ValueError(
+            f"{evaluation.name}: {indexed - used:,} of {indexed:,} samples cannot be measured ({in_words(dropped)}), "
+            f"more than data.max_bad_frac={max_bad_frac}. Repair them (clipft data verify names them), or raise the "
+            "limit."
+        )
 
 
 def validation(splits: Splits, measure: Measure, select: str) -> Callable[[], dict[str, float]]:
     """A function that measures the val split with the present weights; metrics without the data's name."""
     assert splits.val is not None
-    task = build_task("val", splits.val, splits.classnames, splits.templates, measure.clip.tokenize)
+    task = build_task("val", splits.val, splits.classnames, splits.templates, measure.clip.tokenize, splits.text_errors)
     measurable = len(task.caption_of) if "recall" in select else task.label.ge(0).sum()
     if not measurable:
         lacks = "captions" if "recall" in select else "labels with class names"
@@ -89,7 +119,7 @@ def report_tasks(config: Config, splits: Splits, clip: Clip) -> list[tuple[str, 
     for each in [splits, *(load_splits(data) for data in other_data(config)[0])]:
         split, samples = reported(each)
         if each.name not in tasks:
-            task = build_task(each.name, samples, each.classnames, each.templates, clip.tokenize)
+            task = build_task(each.name, samples, each.classnames, each.templates, clip.tokenize, each.text_errors)
             tasks[each.name] = split, task
         elif tasks[each.name][1].samples.fingerprint != samples.fingerprint:
             raise ValueError(
@@ -119,7 +149,7 @@ def record(
     write_results(folder, read_results(folder) | {column: metrics, "meta": meta | {"gallery": gallery}})
 
 
-def describe_run(config: Config, splits: Splits, steps: Steps, clip: Clip) -> dict[str, Any]:
+def describe_run(config: Config, splits: Splits, order: Order, steps: Steps, clip: Clip) -> dict[str, Any]:
     """What one has to know to read the numbers of results.json."""
     split, _ = reported(splits)
     return {
@@ -133,7 +163,7 @@ def describe_run(config: Config, splits: Splits, steps: Steps, clip: Clip) -> di
         "code_sha256": code_hash(),
         "samples": {name: len(part) for name in ("train", "val", "test") if (part := getattr(splits, name))},
         "units": steps.num_units,
-        "fingerprint": {name: part.fingerprint for name in ("train", "val", "test") if (part := getattr(splits, name))},
+        "fingerprint": fingerprints(splits, order),
         "versions": {
             "clipft": __version__,
             "python": platform.python_version(),
@@ -149,6 +179,14 @@ def code_hash() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def fingerprints(splits: Splits, order: Order) -> dict[str, str]:
+    """That of each split; what is trained on with the layout of its order, where it has one."""
+    found = {name: part.fingerprint for name in ("train", "val", "test") if (part := getattr(splits, name))}
+    if order.layout:
+        found["train"] = hashlib.sha256(f"{found['train']} {order.layout}".encode()).hexdigest()
+    return found
 
 
 def facts(config: Config, meta: dict[str, Any], model: nn.Module) -> dict[str, str]:
@@ -182,14 +220,15 @@ def finish(folder: Path, ledger: dict[str, Any]) -> dict[str, Any]:
 def ledger_line(ledger: dict[str, Any]) -> str:
     """The ledger as one line for the terminal."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in ledger["dropped"].items())
+    dropped = f"{sum(ledger['dropped'].values()):,} dropped{f' ({reasons})' if reasons else ''}"
     if "indexed" not in ledger:
-        num_dropped = sum(ledger["dropped"].values())
-        return f"Samples: {ledger['used']:,} used + {num_dropped:,} dropped, under several batch sizes"
+        incomplete = ", ".join(f"{reason} {count}" for reason, count in ledger["incomplete"].items())
+        beside = f"; incomplete in the shards: {incomplete}" if incomplete else ""
+        return f"Samples: {ledger['drawn']:,} drawn = {ledger['used']:,} used + {dropped}{beside}"
     epochs = f"{ledger['epochs']} epoch{'s' if ledger['epochs'] > 1 else ''}"
     return (
         f"Samples: {ledger['indexed']:,} in {epochs} = {ledger['used']:,} used + "
-        f"{sum(ledger['dropped'].values()):,} dropped{f' ({reasons})' if reasons else ''} + "
-        f"{ledger['left_out']:,} left out + {ledger['not_reached']:,} not reached"
+        f"{dropped} + {ledger['left_out']:,} left out + {ledger['not_reached']:,} not reached"
     )
 
 

@@ -7,10 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from clipft.conf_files import named_data
 from clipft.config import Config, DataConfig
 from clipft.data.caption import captions_of, group_of
-from clipft.data.order import largest_share, steps_per_epoch
+from clipft.data.lanes import Lanes
+from clipft.data.mix import BLOCK, Mix, shares
+from clipft.data.order import Order, Shuffle, largest_share
 from clipft.data.pairs import Units, build_units
 from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
@@ -24,6 +29,7 @@ if TYPE_CHECKING:  # both import torch, and the command line must answer before 
     from clipft.ranks import Ranks
 
 LOOKED_AT = 20  # samples that are looked at for captions before anything starts
+WINDOW_SHARDS = 8
 FINE_TUNING_LR = 1e-5  # of full fine-tuning; the rate of FLYP (Goyal et al. 2023)
 
 
@@ -42,7 +48,8 @@ def resolve(config: Config) -> Config:
     splits = load_splits(config.data)
     other_data(config)
     check_captions(splits, config.loss.group)
-    count_steps(config, units_of(config, splits))
+    units = units_of(config, splits)
+    count_steps(config, order_of(config, splits, units), len(units))
     if config.train.batch_size < config.trainer.devices:
         raise ValueError(
             f"train.batch_size={config.train.batch_size} is less than trainer.devices={config.trainer.devices}: "
@@ -80,16 +87,47 @@ def other_data(config: Config) -> tuple[list[DataConfig], list[str]]:
 def units_of(config: Config, splits: Splits) -> Units:
     """What an epoch holds each of once: images, or pairs of an image and a caption."""
     assert splits.train is not None
-    return build_units(splits.train, config.data.captions)
+    return build_units(splits.train, config.data.captions, splits.text_errors)
 
 
-def count_steps(config: Config, units: Units) -> Steps:
-    per_epoch = steps_per_epoch(len(units), config.train.batch_size)
+def order_of(config: Config, splits: Splits, units: Units) -> Order:
+    """The order that the config asks for: all shuffled, in lanes, or mixed by weight."""
+    batch_size, seed, lanes = config.train.batch_size, config.train.seed, config.data.lanes
+    sizes = units.per_shard()
+    if splits.mix and lanes:
+        raise ValueError(f"data.lanes={lanes} would be ignored: sources with weights are shuffled each by itself.")
+    if splits.mix:
+        return mix_of(config, splits, sizes)
+    if lanes:
+        return Lanes(seed, tuple(sizes.tolist()), batch_size, lanes, config.data.window_shards or WINDOW_SHARDS)
+    return Shuffle(seed, len(units), batch_size)
+
+
+def mix_of(config: Config, splits: Splits, sizes: Int64[np.ndarray, " shards"]) -> Mix:
+    if config.train.max_steps is None:
+        raise ValueError(
+            "train.max_steps is needed: sources with weights come to their ends at different times, so that there is "
+            "no epoch to count (train.epochs)."
+        )
+    ends = np.cumsum([num_shards for num_shards, _ in splits.mix])
+    per_source = tuple(int(part.sum()) for part in np.split(sizes, ends[:-1]))
+    weights = tuple(weight for _, weight in splits.mix)
+    if not all(per_source):
+        raise ValueError(
+            f"data.train: source {per_source.index(0) + 1} has no sample left to train on. Leave it out, or give "
+            "data.val so that nothing of it is held out."
+        )
+    shares(weights)
+    return Mix(config.train.seed, per_source, weights, config.train.batch_size, config.train.max_steps)
+
+
+def count_steps(config: Config, order: Order, num_units: int) -> Steps:
+    per_epoch = order.per_epoch
     total = config.train.max_steps or per_epoch * config.train.epochs
     warmup = round(config.optim.warmup_frac * total)
     if config.optim.warmup_frac and total > 1 and warmup >= total:
         raise ValueError(f"optim.warmup_frac={config.optim.warmup_frac} warms up for all {total} steps.")
-    return Steps(len(units), per_epoch, total, warmup)
+    return Steps(num_units, per_epoch, total, warmup)
 
 
 def check_captions(splits: Splits, group: str | None) -> None:
@@ -98,13 +136,15 @@ def check_captions(splits: Splits, group: str | None) -> None:
         raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
     looked_at = min(LOOKED_AT, len(splits.train))
     read = partial(splits.train.read, kinds=TEXT_KINDS)
-    if not any(succeeds(lambda i=i: captions_of(read(i))) for i in range(looked_at)):
+    if not any(succeeds(lambda i=i: captions_of(read(i), splits.text_errors)) for i in range(looked_at)):
         raise ValueError(
             f"data.train: none of the first {looked_at} samples of {splits.name} has a caption (key.txt, or captions "
             "in key.json). Sets with labels only can be measured (clipft evaluate), not trained on."
         )
     column = group or ""
-    if column and not any(succeeds(lambda i=i: group_of(read(i), column)) for i in range(looked_at)):
+    if column and not any(
+        succeeds(lambda i=i: group_of(read(i), column, splits.text_errors)) for i in range(looked_at)
+    ):
         raise ValueError(
             f"loss.group={group!r}: none of the first {looked_at} samples of {splits.name} has this column in key.json."
         )
@@ -127,7 +167,15 @@ def default_lr(model: str) -> float:
 
 
 def plan_lines(
-    config: Config, splits: Splits, steps: Steps, clip: "Clip", ranks: "Ranks", trim: bool, micro: int, done: int
+    config: Config,
+    splits: Splits,
+    order: Order,
+    steps: Steps,
+    clip: "Clip",
+    ranks: "Ranks",
+    trim: bool,
+    micro: int,
+    done: int,
 ) -> list[str]:
     """What is about to happen, for the terminal."""
     batch, share = config.train.batch_size, largest_share(config.train.batch_size, ranks.world)
@@ -137,15 +185,16 @@ def plan_lines(
     sizes = ", ".join(f"{name} {len(part):,}" for name in ("train", "val", "test") if (part := getattr(splits, name)))
     pairs = f" ({steps.num_units:,} pairs)" if config.data.captions == "all" else ""
     left = steps.num_units - steps.per_epoch * batch
+    epoch = f"{steps.per_epoch:,} an epoch ({left} left out each time, others each time)"
     lines = [
         f"run     {config.runs_dir}/{config.name}"
         + (f" (goes on at step {done:,} of {steps.total:,})" if done else ""),
         f"data    {splits.name}: {sizes}{pairs}",
-        *(f"        {note}" for note in [*splits.notes, *data_notes(config)]),
+        *(f"        {note}" for note in [*splits.notes, *data_notes(config, order)]),
         f"model   {clip.name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable",
         *(f"        {note}" for note in [*clip.notes, *other_data(config)[1], *model_notes(config, clip.model)]),
-        f"steps   {steps.total:,} of {batch} pairs, {steps.per_epoch:,} an epoch ({left} left out each time, others "
-        f"each time), warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
+        f"steps   {steps.total:,} of {batch} pairs, {'' if isinstance(order, Mix) else f'{epoch}, '}"
+        f"warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
         f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
         f"memory  {4 * (total + 3 * trainable) / 1e9:.2f} GB a device for weights, gradients, AdamW; plus activations",
         f"text    {'cut after the longest caption of a batch (exact for this tower)' if trim else 'full length'}",
@@ -153,13 +202,29 @@ def plan_lines(
     return lines
 
 
-def data_notes(config: Config) -> list[str]:
-    """What about the pairs their user has to know."""
+def data_notes(config: Config, order: Order) -> list[str]:
+    """What about the pairs and their order their user has to know."""
+    notes = []
     if config.data.captions == "all" and config.loss.positives in ("caption", "pair"):
-        return [
+        notes.append(
             "captions of one image can meet in a batch, as negatives of each other (loss.positives=image changes that)"
-        ]
-    return []
+        )
+    if isinstance(order, Lanes):
+        notes.append(
+            f"{order.lanes} lanes, each shuffled within {order.window_shards} shards: {order.same_shard_pairs():.1f} "
+            f"pairs of one shard in a batch, {order.shuffled_same_shard_pairs():.1f} if all were shuffled"
+        )
+    if isinstance(order, Mix):
+        for number, (size, quota) in enumerate(zip(order.sizes, shares(order.weights), strict=True), 1):
+            share = quota / BLOCK
+            rounds = order.num_steps * order.batch_size * share / size
+            notes.append(f"source {number}: {size:,} pairs, {share:.2%} of the batches, seen {rounds:.1f} times")
+            if size < share * order.batch_size:
+                alike = "negatives" if config.loss.positives == "pair" else "positives"
+                notes.append(f"source {number} fits into a batch more than once: its pairs meet themselves as {alike}")
+        if config.eval.every is None:
+            notes.append("validated once, at the end: a mix has no epoch (eval.every=STEPS changes that)")
+    return notes
 
 
 def model_notes(config: Config, model: "nn.Module") -> list[str]:

@@ -24,7 +24,9 @@ from clipft import __version__
 from clipft.capacity import check_disk, choose_micro_batch, out_of_memory
 from clipft.config import Config, EvaluateConfig, Every, ExportConfig, ModelConfig, parse_every
 from clipft.data.augment import Augment, build_augment
-from clipft.data.loader import Batch, train_loader
+from clipft.data.loader import Batch, naming_lost_workers, train_loader
+from clipft.data.mix import Mix
+from clipft.data.order import Order
 from clipft.data.pairs import Units
 from clipft.data.sample import image_of
 from clipft.data.split import load_splits
@@ -46,6 +48,7 @@ from clipft.learn.skips import Skips
 from clipft.learn.stop import STOPS, StopRequest
 from clipft.measure import (
     Measure,
+    build_measure,
     check_same_data,
     describe_run,
     facts,
@@ -58,7 +61,7 @@ from clipft.measure import (
 from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
 from clipft.model.load import RUN_CONFIG, Clip, add_bias, description, load_model
 from clipft.model.weights import load_exactly, read_checkpoint
-from clipft.plan import Steps, check_batch_norm, count_steps, plan_lines, units_of
+from clipft.plan import Steps, check_batch_norm, count_steps, order_of, plan_lines, units_of
 from clipft.ranks import Ranks, check_alike, first_to_all, meet
 from clipft.report import tell
 from clipft.rundir import load_config, log, read_results, write_results
@@ -76,12 +79,13 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     stop.limit_s = (parse_every("train.max_time", config.train.max_time) or Every()).seconds
     splits = load_splits(config.data)
     units = units_of(config, splits)
-    steps = count_steps(config, units)
+    order = order_of(config, splits, units)
+    steps = count_steps(config, order, len(units))
     clip = load_model(config.model, config.train.seed)
     if config.loss.name == "siglip":
         add_bias(clip, config.train.batch_size)
     freeze_unused(clip.model, config.loss.name)
-    meta = describe_run(config, splits, steps, clip)
+    meta = describe_run(config, splits, order, steps, clip)
     if ranks.world > 1:  # the checksum reads all weights
         check_alike(facts(config, meta, clip.model))
     found = first_to_all(ranks, lambda: enter(config, folder, clip, steps))
@@ -91,11 +95,12 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     check_batch_norm(config, ranks.world, micro)
     trim = can_trim(clip.model, clip.tokenize)
     workers = num_workers(config.data.workers, ranks)
-    measure = Measure(clip, ranks, trim, config.eval.relevance, config.eval.batch_size, workers, config.data.max_pixels)
-    job = Job(config, folder, units, steps, measure, build_augment(config.data, clip.preprocess_cfg), micro, meta)
+    measure = build_measure(config.eval, config.data, clip, ranks, trim, workers)
+    augment = build_augment(config.data, clip.preprocess_cfg)
+    job = Job(config, folder, units, order, steps, measure, augment, micro, meta)
     validate = validation(splits, measure, config.eval.select)
     tasks = report_tasks(config, splits, clip)
-    plan = plan_lines(config, splits, steps, clip, ranks, trim, micro, found.step)
+    plan = plan_lines(config, splits, order, steps, clip, ranks, trim, micro, found.step)
     if ranks.first:
         replace_file(folder / RUN_CONFIG, json.dumps(description(clip), indent=2) + "\n")
         say = "\n".join([*found.notes, *plan])
@@ -106,6 +111,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     if config.eval.base and first_to_all(ranks, lambda: "base" not in read_results(folder)):
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
     if found.step < steps.total and fit(job, validate, found, loggers, stop):
+        if ranks.first:
+            write_results(folder, read_results(folder) | {"meta": meta | {"ledger": account_of(job)}})
         return STOPS[stop.agreed]
     evaluations = []
     for name in ("last", "best"):
@@ -114,7 +121,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
         evaluations = [(split, measure(task)) for split, task in tasks]
         record(folder, ranks, name, evaluations, meta)
     if ranks.first:
-        results = finish(folder, account_of(folder, config, steps))
+        results = finish(folder, account_of(job))
         retrieved = sample_retrievals(tasks[0][1], evaluations[0][1].embedded) if loggers else []
         each_guarded(loggers, lambda logger: log_end(logger, results, retrieved))
     return 0
@@ -138,6 +145,7 @@ class Job:
     config: Config
     folder: Path
     units: Units
+    order: Order
     steps: Steps
     measure: Measure
     augment: Augment
@@ -164,7 +172,7 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
         journal,
         saver=saver,
         stop=stop,
-        ledger=Ledger(config.data.max_bad_frac),
+        ledger=Ledger(config.data.max_bad_frac, job.steps.total * config.train.batch_size, identity(job)),
         skips=Skips(config.train.max_skipped, journal.print),
         every=Intervals(
             save=parse_every("checkpoint.every", config.checkpoint.every) or Every(),
@@ -179,8 +187,10 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
     loss = build_loss(config.loss.name, config.loss.duplicates)
     module = ContrastiveModule(clip.model, encoder(clip), loss, config.optim, build_plan(job))
     trainer = build_trainer(ranks, config.trainer.precision, after, saver)
+    loader = batches(job, found.step)
     try:
-        trainer.fit(module, batches(job, found.step), ckpt_path=found.path, weights_only=True)
+        with naming_lost_workers(loader):
+            trainer.fit(module, loader, ckpt_path=found.path, weights_only=True)
     except RuntimeError as error:
         advice = out_of_memory(error, config, job.folder, ranks, job.micro_batch)
         if advice is None:
@@ -228,8 +238,9 @@ def batches(job: Job, start_step: int) -> DataLoader[Batch]:
         max_pixels=config.data.max_pixels,
         positives=config.loss.positives,
         group=config.loss.group,
+        text_errors=config.data.text_errors,
         seed=config.train.seed,
-        batch_size=config.train.batch_size,
+        order=job.order,
         num_steps=job.steps.total,
         rank=ranks.rank,
         world=ranks.world,
@@ -239,10 +250,24 @@ def batches(job: Job, start_step: int) -> DataLoader[Batch]:
     )
 
 
-def account_of(folder: Path, config: Config, steps: Steps) -> dict[str, Any]:
+def identity(job: Job) -> str:
+    """What the slots of the run are filled with."""
+    data, steps = job.meta["fingerprint"]["train"], job.steps
+    return f"{data}, {steps.num_units} units, {steps.per_epoch} steps of {job.config.train.batch_size} an epoch"
+
+
+def account_of(job: Job) -> dict[str, Any]:
     """What became of the samples up to the last saved state."""
-    state = said_by(folder / "checkpoints" / "last.ckpt")
-    return account(state["ledger"], steps.num_units, config.train.batch_size, state["step"])
+    state, train = said_by(job.folder / "checkpoints" / "last.ckpt"), job.units.samples
+    return account(
+        state["ledger"],
+        num_units=None if isinstance(job.order, Mix) else job.steps.num_units,
+        per_epoch=job.steps.per_epoch,
+        batch_size=job.config.train.batch_size,
+        step=state["step"],
+        incomplete=train.dropped,
+        examples=train.examples,
+    )
 
 
 def build_trainer(ranks: Ranks, precision: str | None, after: AfterStep, saver: Saver) -> pl.Trainer:
@@ -315,8 +340,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     clip.model.to(ranks.device)
     trim = can_trim(clip.model, clip.tokenize)
     workers = num_workers(config.data.workers, ranks)
-    measure = Measure(clip, ranks, trim, config.relevance, config.batch_size, workers, config.data.max_pixels)
-    task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize)
+    measure = build_measure(config, config.data, clip, ranks, trim, workers)
+    task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize, splits.text_errors)
     evaluation = measure(task)
     if ranks.first:
         notes = splits.notes if split == "val" else []  # where val is a share of train, they say so
@@ -342,8 +367,8 @@ def export(config: ExportConfig) -> int:
     samples = samples.take(np.arange(min(len(samples), MOST_EXPORT_CHECKS)))
     ranks = Ranks(torch.device("cpu"), 0, 1, 1, "32-true")
     trim = can_trim(clip.model, clip.tokenize)
-    measure = Measure(clip, ranks, trim, trained.eval.relevance, trained.eval.batch_size, 0, trained.data.max_pixels)
-    task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize)
+    measure = build_measure(trained.eval, trained.data, clip, ranks, trim, workers=0)
+    task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize, splits.text_errors)
     ours = measure(task)
     kept = task.images[ours.embedded.kept.numpy()].tolist()
     results = read_results(folder)
@@ -355,7 +380,7 @@ def export(config: ExportConfig) -> int:
             base=trained.model.name,
             data=splits.name,
             split=split,
-            galleries={name: size for name, size in ours.gallery.items() if isinstance(size, int)},
+            galleries={name: size for name, size in ours.gallery.items() if name not in ("indexed", "used", "dropped")},
             before=results.get("base", {}) if whole else {},  # the base was measured on all of them
             exported=(results.get(config.checkpoint, {}) if whole else {}) | ours.metrics,
             plain=theirs.metrics,

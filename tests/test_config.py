@@ -11,7 +11,16 @@ from small import make_config, make_data, make_model, outcome, train_here
 from clipft import ranks, run
 from clipft.arguments import options_of
 from clipft.cli import main
-from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig, TrainerConfig, parse_every
+from clipft.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PackConfig,
+    TrainerConfig,
+    VerifyConfig,
+    parse_every,
+)
 from clipft.data.split import load_splits
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +56,7 @@ CHANGES = [
     "data.val={data}/test-00000.tar",
     "data.test={data}/val-00000.tar",
     "data.captions=all",
+    "data.lanes=2",
     "data.augment=none",
     "data.crop_min=0.3",
     "data.affine_degrees=30",
@@ -86,6 +96,9 @@ REFUSED = [
     "data.train=nowhere",
     "data.val_frac=1.5",
     "data.captions=some",
+    "data.lanes=0",
+    "data.window_shards=4",
+    "data.text_errors=ignore",
     "data.augment=wild",
     "data.crop_min=2",
     "data.affine_degrees=-1",
@@ -132,6 +145,8 @@ ELSEWHERE = {
     "data.workers": "test_loader_processes_are_as_many_as_asked_for",
     "data.max_pixels": "test_limits_on_samples_reach_the_run",
     "data.max_bad_frac": "test_limits_on_samples_reach_the_run",
+    "data.text_errors": "test_captions_that_are_not_utf8_are_dropped_or_repaired_as_the_config_says",
+    "data.window_shards": "test_lanes_read_by_shard_and_say_what_that_costs",
     "loss.group": "test_a_group_that_no_sample_names_is_refused",
     "train.micro_batch": "test_two_ranks_with_micro_batches_train_the_model_of_one",
     "train.batch_norm": "test_batch_norm_moves_only_where_it_is_asked_to",
@@ -266,8 +281,9 @@ def test_an_accelerator_that_is_not_there_is_refused():
 
 
 def test_the_other_commands_have_no_option_without_a_test():
-    """Their options are read in tests/test_commands.py; this list has to grow with them."""
+    """Their options are read in tests/test_commands.py and data/test_verify.py; this list has to grow with them."""
     assert {option.key for option in options_of(ExportConfig)} == {"run", "checkpoint", "out"}
     assert {option.key for option in options_of(PackConfig)} == {"source", "out", "shard_samples", "templates"}
+    assert {option.key for option in options_of(VerifyConfig) if "." not in option.key} == {"decode"}
     own = {option.key for option in options_of(EvaluateConfig) if "." not in option.key}
     assert own == {"split", "relevance", "batch_size", "out"}

@@ -1,12 +1,16 @@
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from shards import write_shards, write_tar
 
 from clipft.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from clipft.data.lanes import Lanes
+from clipft.data.mix import Mix
+from clipft.data.order import Order
 from clipft.data.split import load_splits
-from clipft.plan import check_batch_norm, count_steps, data_notes, default_lr, resolve, units_of
+from clipft.plan import check_batch_norm, count_steps, data_notes, default_lr, order_of, resolve, units_of
 from clipft.rundir import settle
 
 
@@ -49,6 +53,12 @@ def test_a_group_that_no_sample_names_is_refused(config):
         resolve(grouped)
 
 
+def order_and_units(config: Config) -> tuple[Order, int]:
+    splits = load_splits(config.data)
+    units = units_of(config, splits)
+    return order_of(config, splits, units), len(units)
+
+
 def test_an_epoch_of_all_captions_counts_pairs(config, tmp_path):
     write_tar(
         tmp_path / "many" / "train-0.tar",
@@ -56,11 +66,63 @@ def test_an_epoch_of_all_captions_counts_pairs(config, tmp_path):
     )
     data = DataConfig(train=str(tmp_path / "many"), val=config.data.path, captions="all")
     many = replace(config, data=data, train=TrainConfig(batch_size=4))
-    steps = count_steps(many, units_of(many, load_splits(data)))
-    assert (steps.num_units, steps.per_epoch) == (27, 6)
+    order, num_units = order_and_units(many)
+    assert (num_units, count_steps(many, order, num_units).per_epoch) == (27, 6)
+    assert "negatives of each other" in data_notes(many, order)[0]
     one = replace(many, data=replace(data, captions="one"))
-    assert count_steps(one, units_of(one, load_splits(one.data))).num_units == 9
-    assert "negatives of each other" in data_notes(many)[0] and data_notes(one) == []
+    order, num_units = order_and_units(one)
+    assert num_units == 9 and data_notes(one, order) == []
+
+
+def test_lanes_read_by_shard_and_say_what_that_costs(config):
+    """30 and 10 samples in two shards, two of them held out."""
+    laned = replace(config, data=replace(config.data, lanes=2, window_shards=1))
+    order, num_units = order_and_units(laned)
+    assert isinstance(order, Lanes) and (order.window_shards, num_units) == (1, 38)
+    assert sorted(order.shard_sizes, reverse=True)[0] > 25
+    steps = count_steps(laned, order, num_units)
+    assert steps.per_epoch == 4 and "pairs of one shard in a batch" in data_notes(laned, order)[0]
+    default, _ = order_and_units(replace(config, data=replace(config.data, lanes=2)))
+    assert isinstance(default, Lanes) and default.window_shards == 8
+
+
+def mixed(config: Config, tmp_path: Path, lanes: int | None = None) -> Config:
+    shards = sorted((tmp_path / "shards").glob("*.tar"))
+    sources = [{"shards": str(shards[0]), "weight": 3}, {"shards": str(shards[1])}]
+    train = TrainConfig(batch_size=8, max_steps=100)
+    return replace(config, data=DataConfig(train=sources, val=str(shards[0]), lanes=lanes), train=train)
+
+
+def test_sources_with_weights_are_mixed_for_a_number_of_steps(config, tmp_path):
+    both = mixed(config, tmp_path)
+    order, num_units = order_and_units(both)
+    assert isinstance(order, Mix) and (order.sizes, order.weights) == ((30, 10), (3.0, 1.0))
+    steps = count_steps(both, order, num_units)
+    assert (steps.num_units, steps.per_epoch, steps.total) == (40, 100, 100)
+    notes = data_notes(both, order)
+    assert notes[0] == "source 1: 30 pairs, 75.00% of the batches, seen 20.0 times" and "eval.every" in notes[2]
+
+
+def test_a_mix_needs_a_number_of_steps_and_takes_no_lanes(config, tmp_path):
+    endless = replace(mixed(config, tmp_path), train=TrainConfig(batch_size=8))
+    with pytest.raises(ValueError, match=r"train\.max_steps is needed"):
+        resolve(endless)
+    with pytest.raises(ValueError, match=r"data\.lanes=2 would be ignored"):
+        resolve(mixed(config, tmp_path, lanes=2))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"shards": "x.tar", "weight": 0}, "weight=0 must be a number greater than 0"),
+        ({"shards": "x.tar", "weight": "much"}, "weight='much' must be a number"),
+        ({"shard": "x.tar"}, "must be {shards: SHARDS, weight: NUMBER}"),
+        ("x.tar", "'x.tar' must be {shards: SHARDS, weight: NUMBER}"),
+    ],
+)
+def test_a_source_that_is_not_understood_is_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(train=[{"shards": "y.tar", "weight": 1}, source])
 
 
 @pytest.mark.parametrize("world, micro, fits", [(1, 8, True), (2, 4, False), (1, 4, False)])

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
+from shards import jpeg, pairs, write_tar
 from small import RESNET_CFG, make_config, make_data, make_model, outcome, train_here
 
 from clipft import run
@@ -101,6 +102,7 @@ def test_a_stop_signal_saves_the_step_and_the_same_command_goes_on(root, number,
     assert in_child(lambda: train_and_die(config, 3, number)) == code
     path = Path(config.runs_dir) / name
     assert torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["clipft"]["step"] == 4
+    assert read_results(path)["meta"]["ledger"]["used"] == 4 * 8
     assert in_child(lambda: train_here(config)[0]) == 0
     train_here(make_config(root, f"name=calm-{code}", "checkpoint.every=100"))
     assert outcome(path)["weights"] == outcome(path.with_name(f"calm-{code}"))["weights"]
@@ -113,6 +115,59 @@ def on_rank(config: Config) -> int:
 
     ranks = Ranks(torch.device("cpu"), int(os.environ["RANK"]), 2, 2, "32-true")
     return run.train(config, Path(config.runs_dir) / str(config.name), ranks, StopRequest())
+
+
+def test_every_sample_is_accounted_for_on_one_rank_and_on_two(root, tmp_path):
+    """Of 44 samples in the training shards one has no caption, two are cut off; 5 batches of 8 an epoch, 3 left out."""
+    members = pairs(0, 43)
+    for i in (7, 30):
+        members[2 * i] = (f"{i:05d}.jpg", jpeg(i)[:-50])
+    write_tar(tmp_path / "train-0.tar", [*members, ("alone.jpg", jpeg(99))])
+    write_tar(tmp_path / "val-0.tar", pairs(100, 8))
+    options = [f"data.path={tmp_path}", "data.max_bad_frac=0.1", "train.max_steps=10", "eval.every=10"]
+    one = make_config(root, "name=counted", *options)
+    assert train_here(one)[0] == 0
+    two = resolve(make_config(root, "name=counted-by-two", "trainer.devices=2", *options))
+    settle(two)
+    assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
+    seen = [read_results(Path(one.runs_dir) / name)["meta"]["ledger"] for name in ("counted", "counted-by-two")]
+    assert seen[0] == seen[1]
+    used, dropped = seen[0]["used"], seen[0]["dropped"]
+    assert dropped["no_text"] == 2 and used + dropped["image_truncated"] == 80
+    assert {"epochs": 2, "indexed": 88, "left_out": 6, "not_reached": 0}.items() <= seen[0].items()
+    assert set(seen[0]["examples"]["image_truncated"]) <= {"train-0/00007", "train-0/00030"}
+    assert seen[0]["examples"]["no_text"][0].startswith("alone (byte ")
+
+
+def message_on_rank(config: Config) -> str:
+    with pytest.raises(ValueError) as raised:
+        on_rank(config)
+    return str(raised.value)
+
+
+def test_ranks_give_up_together_with_the_reasons_of_all(root, tmp_path):
+    """Batches of 40 of 80 samples, all cut off: 100 in a row after 3, of which each rank has seen half."""
+    members = pairs(0, 80)
+    members[::2] = [(name, raw[:-50]) for name, raw in members[::2]]
+    write_tar(tmp_path / "train-0.tar", members)
+    write_tar(tmp_path / "val-0.tar", pairs(100, 8))
+    options = [f"data.path={tmp_path}", "data.max_bad_frac=1", "eval.base=false", "train.batch_size=40"]
+    config = resolve(make_config(root, "name=given-up", "trainer.devices=2", *options))
+    settle(config)
+    first, second = on_ranks(2, tmp_path, message_on_rank, config)
+    assert first == second
+    assert first.startswith("120 samples in a row could not be used (image_truncated 120, such as train-0/")
+
+
+def test_captions_that_are_not_utf8_are_dropped_or_repaired_as_the_config_says(root, tmp_path):
+    members = pairs(0, 40)
+    members[5] = (members[5][0], "Mädchen".encode("latin-1"))
+    write_tar(tmp_path / "train-0.tar", members)
+    write_tar(tmp_path / "val-0.tar", pairs(100, 8))
+    for errors, dropped in (("strict", {"bad_utf8": 1}), ("replace", {})):
+        options = [f"data.text_errors={errors}", f"data.path={tmp_path}", "train.max_steps=5"]
+        code, path = train_here(make_config(root, f"name=text-{errors}", "eval.base=false", *options))
+        assert code == 0 and read_results(path)["meta"]["ledger"]["dropped"] == dropped
 
 
 def test_two_ranks_with_micro_batches_train_the_model_of_one(root, tmp_path):
@@ -316,5 +371,11 @@ def test_a_run_goes_on_under_another_batch_size_when_it_is_forced_to(root, capsy
     assert train_here(config)[0] == 0
     smaller = replace(config, resume="force", train=replace(config.train, max_steps=5, batch_size=4))
     code, path = train_here(smaller)
-    assert code == 0 and read_results(path)["meta"]["ledger"] == {"used": 3 * 8 + 2 * 4, "dropped": {}}
-    assert "32 used + 0 dropped, under several batch sizes" in capsys.readouterr().out
+    assert code == 0 and read_results(path)["meta"]["ledger"] == {
+        "drawn": 3 * 8 + 2 * 4,
+        "used": 3 * 8 + 2 * 4,
+        "dropped": {},
+        "incomplete": {},
+        "examples": {},
+    }
+    assert "32 drawn = 32 used + 0 dropped" in capsys.readouterr().out

@@ -1,26 +1,90 @@
-"""Members of a sample -> captions and group, and the ids by which equal ones are known."""
+"""Members of a sample -> captions, label and group, and the ids by which equal ones are known."""
 
 import hashlib
+import html
 import json
+import re
 from typing import Any
 
 from clipft.data.sample import BadSample
 
 CAPTION_COLUMNS = ("captions", "caption", "text", "title")
+# 12 characters for each of the 77 tokens that CLIP reads; English has about 5. open_clip's tokenizer would go through
+# a megabyte whole before it keeps the first 77 tokens.
+MOST_CHARS = 924
+# Its time also grows with the square of the letters, or of the signs, that stand together; no word has so many.
+RUN = re.compile(r"([^\W\d_]{128}|(?:[^\w\s]|_){64})(?=\S)")
+# Names that open_clip's tokenizer takes for its start and end tokens wherever they stand in a text.
+SPECIAL = re.compile(r"<(start_of_text|end_of_text)>", re.IGNORECASE)
+# In ASCII text: entities, or s or e behind the bracket. Other text may be cleaned into anything.
+MAYBE_SPECIAL = re.compile(r"<[^a-df-rt-z0-9 ]|&[#a-z]", re.IGNORECASE)
 
 
-def captions_of(members: dict[str, bytes]) -> list[str]:
-    """Captions from `json` where it names any, else the lines of `txt`; never empty."""
+def captions_of(members: dict[str, bytes], errors: str = "strict") -> list[str]:
+    """Captions from `json` where it names any, else the lines of `txt`; never empty.
+
+    `errors` (data.text_errors) is strict, for a BadSample where bytes are not UTF-8, or replace, for U+FFFD there.
+    """
     captions = []
     if "json" in members:
-        captions = captions_in(parse_json(members["json"]))
+        captions = captions_in(parse_json(members["json"], errors))
     if not captions and "txt" in members:
-        captions = caption_list(read_utf8(members["txt"]).split("\n"))
+        captions = caption_list(read_utf8(members["txt"], errors).split("\n"))
+    captions = [only_words(shortened(encodable(caption, errors))) for caption in captions]
+    captions = [caption for caption in captions if is_visible(caption)]
     if not captions:
         raise BadSample("no_caption")
-    if any("\ud800" <= char <= "\udfff" for caption in captions if not caption.isascii() for char in caption):
-        raise BadSample("bad_utf8")  # lone surrogates from JSON escapes: no tokenizer takes them
     return captions
+
+
+def encodable(text: str, errors: str) -> str:
+    """The text without lone surrogates, which JSON escapes can make and no tokenizer takes."""
+    return text if text.isascii() else read_utf8(text.encode("utf-8", "surrogatepass"), errors)
+
+
+def shortened(text: str) -> str:
+    """As much of the text as can matter to a model, in words that no tokenizer takes long over."""
+    if len(text) > MOST_CHARS:
+        text = " ".join(text.split())[:MOST_CHARS].rstrip()
+    return RUN.sub(r"\1 ", text) if len(text) > 64 else text
+
+
+def only_words(text: str) -> str:
+    """The text with the names of special tokens spelled apart, so that they are read as words.
+
+    They count as open_clip's tokenizer sees them, after it has resolved entities, full-width letters and the like.
+    """
+    while not text.isascii() or MAYBE_SPECIAL.search(text):
+        from ftfy import fix_text  # which open_clip has imported by then; alone it would slow down the command line
+
+        cleaned = html.unescape(html.unescape(fix_text(text)))
+        if not SPECIAL.search(cleaned):
+            break
+        text = SPECIAL.sub(r"< \1 >", cleaned)
+    return text
+
+
+def is_visible(text: str) -> bool:
+    """Whether there is anything but spaces and marks without a shape, also where entities stand for them."""
+    return any(char.isprintable() and not char.isspace() for char in html.unescape(text))
+
+
+def question_of(members: dict[str, bytes], labelled: bool, text_errors: str) -> tuple[int, list[str]]:
+    """Label (-1: none) and captions of a sample that has one of them; a bad caption leaves the label."""
+    label = read_label(members["cls"]) if labelled and "cls" in members else -1
+    try:
+        return label, captions_of(members, text_errors)
+    except BadSample:
+        if label < 0:
+            raise
+        return label, []
+
+
+def read_label(raw: bytes) -> int:
+    try:
+        return max(int(raw), -1)
+    except ValueError as error:
+        raise BadSample("bad_label") from error
 
 
 def captions_in(row: Any) -> list[str]:
@@ -36,19 +100,22 @@ def caption_list(value: Any) -> list[str]:
     return [text for item in values if isinstance(item, str) and (text := item.strip())]
 
 
-def parse_json(raw: bytes) -> Any:
-    text = read_utf8(raw)
+def parse_json(raw: bytes, errors: str = "strict") -> Any:
+    text = read_utf8(raw, errors)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json") from error
 
 
-def read_utf8(raw: bytes) -> str:
+def read_utf8(raw: bytes, errors: str = "strict") -> str:
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         raise BadSample("bad_utf8") from error
+    if "\0" in text and errors == "strict":
+        raise BadSample("bad_utf8")  # UTF-16 without a mark, or no text at all
+    return text.replace("\0", "\ufffd")
 
 
 def normalise_caption(text: str) -> str:
@@ -56,12 +123,12 @@ def normalise_caption(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def group_of(members: dict[str, bytes], column: str) -> str | None:
+def group_of(members: dict[str, bytes], column: str, errors: str = "strict") -> str | None:
     """The group that this column of `json` names; None for samples without one.
 
     Blank text and NaN name none: they are what csv files and pandas have in place of a missing value.
     """
-    row = parse_json(members["json"]) if "json" in members else None
+    row = parse_json(members["json"], errors) if "json" in members else None
     value = row.get(column) if isinstance(row, dict) else None
     if isinstance(value, list | dict):
         raise BadSample("bad_group")

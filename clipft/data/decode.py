@@ -9,6 +9,7 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from clipft.data.sample import BadSample
 
@@ -26,6 +27,10 @@ FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
 # First bytes of these formats: tells a damaged header from a format that is not allowed.
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 ORIENTATION = 0x0112  # EXIF tag
+PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 262, 322, 323  # TIFF tags
+WHITE_IS_ZERO = 0
+MOST_ASPECT = 100  # with 336 pixels on the shorter side, 34 MB
+PNG_DEPTH = 24  # byte of a PNG that holds the bits of a sample
 # What Pillow raises on damaged files, beside OSError; bombs in text chunks and tags are ValueErrors.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, StructError, MemoryError)
 # libjpeg-turbo's words for lost image data; its other warnings are about harmless stray bytes.
@@ -61,8 +66,7 @@ def decode_jpeg(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"] | Non
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(raw)
     except ValueError:
         return None
-    if int(height) * int(width) > max_pixels:
-        raise BadSample("too_large")
+    check_size(int(height), int(width), max_pixels)
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         return None
     try:
@@ -74,9 +78,20 @@ def decode_jpeg(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"] | Non
         return None
 
 
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raises for a picture that would take too much memory, here or where its shorter side is made the model's."""
+    if height * width > max_pixels:
+        raise BadSample("too_large")
+    if max(height, width) > MOST_ASPECT * min(height, width):
+        raise BadSample("too_long")
+
+
 def decode_pillow(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
     with open_image(BytesIO(raw)) as image:
-        if image.width * image.height > max_pixels:
+        # A TIFF's tiles are decoded whole, however small the picture is that is cut from them.
+        tile = tiff_tag(image, TILE_WIDTH, 0) * tiff_tag(image, TILE_LENGTH, 0)
+        check_size(image.height, image.width, max_pixels)
+        if tile > max_pixels:
             raise BadSample("too_large")
         try:
             with quiet():
@@ -84,6 +99,8 @@ def decode_pillow(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
         except DECODE_ERRORS as error:
             truncated = isinstance(error, EOFError) or "truncated" in str(error)
             raise BadSample("image_truncated" if truncated else "image_damaged") from error
+        if image.format == "PNG":
+            scale_transparent_colour(image, raw[PNG_DEPTH])
         # After load: Pillow turns TIFFs by itself there, and PNGs may keep EXIF behind the pixels.
         return upright(to_rgb(image), orientation_of(image))
 
@@ -111,10 +128,31 @@ def quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore")
 
 
+def tiff_tag(image: Image.Image, tag: int, default: int) -> int:
+    """A tag that holds one whole number; the default where it is missing, odd, or the image is no TIFF."""
+    try:
+        with quiet():
+            value = image.tag_v2.get(tag, default) if isinstance(image, TiffImageFile) else default
+    except DECODE_ERRORS:
+        return default
+    return value if isinstance(value, int) else default
+
+
+def scale_transparent_colour(image: Image.Image, depth: int) -> None:
+    """The colour that a PNG names transparent, in the 8 bits that Pillow has scaled the pixels to."""
+    colour = image.info.get("transparency")
+    if image.mode == "L" and depth < 8 and isinstance(colour, int):
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and depth == 16 and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     """Pixels of a loaded image of any mode."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return grey_to_rgb(np.asarray(image))
+        # Pillow inverts a TIFF whose zero is white only where it has 8 bits or less.
+        inverted = tiff_tag(image, PHOTOMETRIC, 1) == WHITE_IS_ZERO
+        return grey_to_rgb(np.asarray(image), inverted, image.info.get("transparency"))
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -124,13 +162,17 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
         raise BadSample("image_mode") from error
 
 
-def grey_to_rgb(values: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+def grey_to_rgb(values: np.ndarray, inverted: bool, transparent: int | None) -> UInt8[np.ndarray, "H W 3"]:
     """Floats of 0..1 and integers of 0..65535 as 8 bits; Pillow's convert would clip them."""
     top = 1.0 if values.dtype.kind == "f" else 65535.0
     # Written so that NaN fails too. Other ranges have no agreed meaning.
     if not (values.min() >= 0 and values.max() <= top):
         raise BadSample("image_range")
     grey = np.rint(values * (255 / top)).astype(np.uint8)
+    if inverted:
+        grey = 255 - grey
+    if transparent is not None:
+        grey[values == transparent] = 255
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 

@@ -3,21 +3,24 @@
 import hashlib
 import json
 import os
+import resource
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
-from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample
+from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, printable
 from clipft.data.shard import ShardIndex, scan_shard
 from clipft.files import replace_file, user_cache
 
-VERSION = 1  # of the index file; another version is scanned again
-OPEN_SHARDS = 256  # file descriptors per process; the usual limit is 1024
+VERSION = 4  # of the index file; another version is scanned again
+OPEN_SHARDS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # at once in a process; the usual limit is 1024
 
 
 def index_places(path: str | Path) -> list[Path]:
@@ -34,18 +37,24 @@ def read_index(place: Path) -> ShardIndex | None:
     """The stored index; None when there is none that can be used."""
     try:
         stored = json.loads(place.read_text("utf-8"))
-        if stored.pop("version") != VERSION:
+        if stored.pop("sha256") != seal(stored):  # a flipped digit in it would make wrong pairs
             return None
         stored["problems"] = [(byte, what) for byte, what in stored["problems"]]
         return ShardIndex(**stored)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def seal(stored: dict[str, Any]) -> str:
+    """What the index file of this version names as the sha256 of its content."""
+    return hashlib.sha256(json.dumps([VERSION, stored]).encode()).hexdigest()
 
 
 def write_index(path: str | Path) -> ShardIndex:
     """Scan a shard and store its index."""
     index = scan_shard(path)
-    text = json.dumps({"version": VERSION, **asdict(index)}, separators=(",", ":"))
+    stored = asdict(index)
+    text = json.dumps({"sha256": seal(stored), **stored}, separators=(",", ":"))
     for place in index_places(path):
         with suppress(OSError):  # a read-only or full place; without any place the shard is scanned at each start
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +77,13 @@ class OpenShard:
     """A file descriptor that closes itself when the cache lets go of it."""
 
     def __init__(self, path: str, size: int, mtime_ns: int):
-        self.fd = os.open(path, os.O_RDONLY)
+        try:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise BadSample("read_error") from error
         stat = os.fstat(self.fd)
         if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
-            raise ValueError(f"{path} was changed after it was indexed. Start again to read the new content.")
+            raise BadSample("shard_changed")  # since it was indexed: its members lie elsewhere now
 
     def __del__(self):
         if hasattr(self, "fd"):
@@ -100,6 +112,10 @@ class Samples:
     """sha256 over names, sizes and index contents of the shards, in order; never mtime or folder."""
     dropped: dict[str, int]
     """Reason -> number of samples in these shards that the index left out."""
+    examples: dict[str, str]
+    """Reason -> the first of these samples, with its shard and byte."""
+    ignored: dict[str, int]
+    """Reason -> number of members that belong to no sample."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,7 +124,7 @@ class Samples:
         """The sample's key behind its shard's name, printable whatever the bytes of the name are."""
         shard, _, _, start, end = self.rows[i].tolist()
         stem = os.path.basename(self.shards[shard]).removesuffix(".tar")
-        return f"{stem}/{self.names[start:end].decode('utf-8', 'backslashreplace')}"
+        return printable(f"{stem}/{self.names[start:end].decode('utf-8', 'backslashreplace')}")
 
     def extensions(self, i: int) -> list[str]:
         """Extensions of the sample's members, in the order of the tar."""
@@ -126,10 +142,15 @@ class Samples:
                 found[self.kinds[kind]] = read_exactly(fd, offset, length)
         return found
 
+    def lost(self) -> str:
+        """What the index left out, with an example of each reason."""
+        return "; ".join(f"{n} {reason}, such as {self.examples[reason]}" for reason, n in self.dropped.items())
+
     def take(self, indices: Int64[np.ndarray, " taken"]) -> "Samples":
-        """The samples at these positions, with a fingerprint of their own; what was dropped stays behind."""
+        """The samples at these positions, with a fingerprint of their own; what was left out stays behind."""
         digest = hashlib.sha256(self.fingerprint.encode() + indices.astype("<i8").tobytes())
-        return replace(self, rows=self.rows[indices], fingerprint=digest.hexdigest(), dropped={})
+        rows, fingerprint = self.rows[indices], digest.hexdigest()
+        return replace(self, rows=rows, fingerprint=fingerprint, dropped={}, examples={}, ignored={})
 
 
 def read_exactly(fd: int, offset: int, length: int) -> bytes:
@@ -138,7 +159,7 @@ def read_exactly(fd: int, offset: int, length: int) -> bytes:
         raw = os.pread(fd, length, offset)
         while len(raw) < length and (more := os.pread(fd, length - len(raw), offset + len(raw))):
             raw += more  # one call gives at most 2 GiB, and less on some network file systems
-    except OSError as error:
+    except (OSError, OverflowError, MemoryError) as error:
         raise BadSample("read_error") from error
     if len(raw) < length:
         raise BadSample("short_read")
@@ -158,9 +179,9 @@ def index_shards(paths: list[str]) -> Samples:
         )
     samples = join(paths, indexes)
     if not len(samples):
-        lost = ", ".join(f"{count} {reason}" for reason, count in samples.dropped.items()) or "no members at all"
         raise ValueError(
-            f"{paths[0]}{' and others' if paths[1:] else ''}: no usable sample ({lost}). A sample is an "
+            f"{paths[0]}{' and others' if paths[1:] else ''}: no usable sample "
+            f"({samples.lost() or 'no members at all'}). A sample is an "
             "image (key.jpg, key.png, ...) with key.txt, key.json or key.cls beside it in the same shard."
         )
     return samples
@@ -172,12 +193,16 @@ def join(paths: list[str], indexes: list[ShardIndex]) -> Samples:
     code = {kind: number for number, kind in enumerate(kinds)}
     keys = [key.encode("utf-8", "surrogateescape") for index in indexes for key in index.keys]
     digest = hashlib.sha256()
-    dropped: dict[str, int] = {}
+    dropped, ignored = Counter[str](), Counter[str]()
+    examples: dict[str, str] = {}
     for path, index in zip(paths, indexes, strict=True):
         content = [os.path.basename(path), index.size, index.keys, index.num_members]
         digest.update(json.dumps([*content, index.kinds, index.offsets, index.sizes]).encode())
+        ignored.update(index.ignored)
         for reason, bad in index.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + len(bad)
+            dropped[reason] += len(bad)
+            key, byte = next(iter(bad.items()))
+            examples.setdefault(reason, f"{printable(key)} (byte {byte} of {path})")
     shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])
     member_ends = np.cumsum(column(n for index in indexes for n in index.num_members))
     key_ends = np.cumsum(column(len(key) for key in keys))
@@ -197,7 +222,9 @@ def join(paths: list[str], indexes: list[ShardIndex]) -> Samples:
         names=b"".join(keys),
         rows=np.stack([shard, starts[0], member_ends, starts[1], key_ends], axis=1).astype(np.int64),
         fingerprint=digest.hexdigest(),
-        dropped=dropped,
+        dropped=dict(dropped),
+        examples=examples,
+        ignored=dict(ignored),
     )
 
 

@@ -1,11 +1,12 @@
 """Samples to batches: one request is one global step, its answer this rank's slice of that step."""
 
 import os
+import re
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
 
@@ -14,19 +15,22 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from clipft.data.augment import Augment, apply_augment
 from clipft.data.caption import caption_id, captions_of, group_id, group_of, hash_id
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
-from clipft.data.order import batch_at, rank_slice, rng_for
+from clipft.data.order import Order, rank_slice, rng_for
 from clipft.data.pairs import Units
 from clipft.data.sample import IMAGE_KINDS, BadSample, image_of
+from clipft.report import RunFailed
 
 CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
 PREFETCH = 2  # steps that a worker prepares ahead
 READ = (*IMAGE_KINDS, "json", "txt")
+WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\) (?:is )?([^.]*)")  # torch's words for it
+NOTHING = -1  # in the place of the number of a sample
 
 Tokenize = Callable[[list[str]], Int64[Tensor, "b L"]]
 
@@ -41,10 +45,8 @@ class Batch:
     ids: Int64[Tensor, " b"]
     """Rows of equal ids are positives of each other; 0 or more where valid, negative and unique elsewhere."""
     keys: list[str]
-    dropped: dict[str, int]
-    """Reason -> number of rows that are not valid."""
-    bad: dict[str, str] = field(default_factory=dict)
-    """Key -> reason of these rows."""
+    bad: dict[int, str]
+    """Row that is not valid -> reason."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,10 +68,8 @@ class Batch:
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def _rows(self, rows: slice) -> "Batch":
-        keys = self.keys[rows]
-        bad = {key: self.bad[key] for key in keys if key in self.bad}
-        piece = self._each(lambda tensor: tensor[rows])
-        return replace(piece, keys=keys, bad=bad, dropped=dict(Counter(bad.values())))
+        bad = {row - rows.start: reason for row, reason in self.bad.items() if rows.start <= row < rows.stop}
+        return replace(self._each(lambda tensor: tensor[rows]), keys=self.keys[rows], bad=bad)
 
 
 class Steps(Sampler[int]):
@@ -85,6 +85,23 @@ class Steps(Sampler[int]):
         return self.stop
 
 
+class InFlight:
+    """Which item each loader process reads, in memory shared with its parent, where it outlives the process."""
+
+    def __init__(self, workers: int):
+        self.slots = torch.full((workers, 2), NOTHING).share_memory_()  # pid, item
+
+    def note(self, item: int) -> None:
+        """Writes down what this process reads from now on; the training process notes nothing."""
+        info = get_worker_info()
+        if info is not None:
+            self.slots[info.id] = torch.tensor([os.getpid(), item])
+
+    def of(self, pids: set[int]) -> list[int]:
+        """What these processes were reading, as far as they are known here."""
+        return [item for pid, item in self.slots.tolist() if pid in pids]
+
+
 @dataclass
 class TrainSteps(Dataset[Batch]):
     """Item s is this rank's slice of global step s, a pure function of s."""
@@ -95,25 +112,30 @@ class TrainSteps(Dataset[Batch]):
     max_pixels: int
     positives: str
     group: str | None
+    text_errors: str
     seed: int
-    batch_size: int
+    order: Order
     rank: int
     world: int
+    in_flight: InFlight
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, units = batch_at(self.seed, step, len(self.units), self.batch_size)
-        units = units[rank_slice(self.batch_size, self.rank, self.world)]
+        epochs, units = self.order.batch(step)
+        mine = rank_slice(len(units), self.rank, self.world)
+        epochs, units = epochs[mine], units[mine]
         side = self.augment.size
         pixels = torch.zeros(len(units), side, side, 3, dtype=torch.uint8)
         captions = [""] * len(units)
         ids = -1 - torch.from_numpy(units)
         keys = [self.units.key(u) for u in units.tolist()]
         bad: dict[int, str] = {}
-        for row, u in enumerate(units.tolist()):
+        for row, (epoch, u) in enumerate(zip(epochs.tolist(), units.tolist(), strict=True)):
+            self.in_flight.note(u)
             try:
                 pixels[row], captions[row], ids[row] = self.load(epoch, u)
             except BadSample as error:
                 bad[row] = error.reason
+        self.in_flight.note(NOTHING)
         valid = torch.tensor([row not in bad for row in range(len(units))])
         return Batch(
             pixels=pixels,
@@ -121,15 +143,17 @@ class TrainSteps(Dataset[Batch]):
             valid=valid,
             ids=ids,
             keys=keys,
-            dropped=dict(Counter(bad.values())),
-            bad={keys[row]: reason for row, reason in bad.items()},
+            bad=bad,
         )
+
+    def key(self, u: int) -> str:
+        return self.units.key(u)
 
     def load(self, epoch: int, u: int) -> tuple[UInt8[Tensor, "S S 3"], str, int]:
         """Augmented pixels, the caption and the id."""
         i, number = self.units.at(u)
         members = self.units.samples.read(i, READ)
-        captions = captions_of(members)
+        captions = captions_of(members, self.text_errors)
         if number is None:
             number = int(rng_for(self.seed, epoch, u, CAPTION_STREAM).integers(len(captions)))
         if number >= len(captions):
@@ -147,7 +171,7 @@ class TrainSteps(Dataset[Batch]):
             return hash_id(image_of(members))
         if self.positives == "group":
             assert self.group is not None
-            group = group_of(members, self.group)
+            group = group_of(members, self.group, self.text_errors)
             return self.units.at(u)[0] if group is None else group_id(group)
         return u
 
@@ -160,8 +184,9 @@ def train_loader(
     max_pixels: int,
     positives: str,
     group: str | None,
+    text_errors: str,
     seed: int,
-    batch_size: int,
+    order: Order,
     num_steps: int,
     rank: int,
     world: int,
@@ -170,9 +195,21 @@ def train_loader(
     pin: bool,
 ) -> DataLoader[Batch]:
     """This rank's slices of the global steps start_step to num_steps - 1, in order; len() is num_steps."""
-    batch_at(seed, 0, len(units), batch_size)  # raises for a batch that the units or ranks cannot fill,
-    rank_slice(batch_size, rank, world)  # before any process starts
-    dataset = TrainSteps(units, augment, tokenize, max_pixels, positives, group, seed, batch_size, rank, world)
+    rank_slice(len(order.batch(start_step)[1]), rank, world)  # raises for a batch that the units or ranks cannot fill
+    dataset = TrainSteps(
+        units=units,
+        augment=augment,
+        tokenize=tokenize,
+        max_pixels=max_pixels,
+        positives=positives,
+        group=group,
+        text_errors=text_errors,
+        seed=seed,
+        order=order,
+        rank=rank,
+        world=world,
+        in_flight=InFlight(workers),
+    )
     return in_order(dataset, Steps(start_step, num_steps), workers, pin)
 
 
@@ -184,15 +221,21 @@ class EvalBatches(Dataset[tuple]):
     preprocess: Callable[[Image.Image], Tensor]
     max_pixels: int
     batches: list[np.ndarray]
+    in_flight: InFlight
 
     def __getitem__(self, n: int) -> tuple[Int64[np.ndarray, " b"], Float[Tensor, "b 3 S S"], Bool[Tensor, " b"]]:
         indices = self.batches[n]
         images = [self.load(int(i)) for i in indices]
+        self.in_flight.note(NOTHING)
         blank = torch.zeros_like(self.preprocess(Image.new("RGB", (64, 64))))
         pixels = torch.stack([blank if image is None else image for image in images])
         return indices, pixels, torch.tensor([image is not None for image in images])
 
+    def key(self, i: int) -> str:
+        return self.samples.key(i)
+
     def load(self, i: int) -> Tensor | None:
+        self.in_flight.note(i)
         try:
             raw = image_of(self.samples.read(i, IMAGE_KINDS))
             return self.preprocess(Image.fromarray(decode_rgb(raw, self.max_pixels)))
@@ -208,7 +251,38 @@ def eval_images(
     batches: list[np.ndarray],
 ) -> DataLoader[tuple]:
     """(sample indices, pixels, valid) of each of the batches of sample indices, in order."""
-    return in_order(EvalBatches(samples, preprocess, max_pixels, batches), Steps(0, len(batches)), workers, False)
+    dataset = EvalBatches(samples, preprocess, max_pixels, batches, InFlight(workers))
+    return in_order(dataset, Steps(0, len(batches)), workers, False)
+
+
+@contextmanager
+def naming_lost_workers(loader: DataLoader) -> Iterator[None]:
+    """Inside it, torch's error over a process of this loader that died becomes a RunFailed with the sample it read."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = lost_worker(loader, error)
+        if said is None:
+            raise
+        raise RunFailed(said) from error
+
+
+def lost_worker(loader: DataLoader, error: RuntimeError) -> str | None:
+    """What to tell the user when the error means that a process of this loader died; None for other errors."""
+    match = WORKER_DIED.search(str(error))
+    dataset = loader.dataset
+    assert isinstance(dataset, TrainSteps | EvalBatches)
+    lost = dataset.in_flight.of({int(pid) for pid in match[1].split(",")}) if match else []
+    if match is None or not lost:
+        return None
+    keys = [dataset.key(item) for item in lost if item != NOTHING]
+    # The cause names the signal where torch was told of it; without, it looks every 5 seconds.
+    how = (WORKER_DIED.search(str(error.__cause__)) or match)[2].strip()
+    return (
+        f"a loader process died ({how}) while it read {', '.join(keys) or 'no sample'}. If it was killed, "
+        "memory may have run out: lower data.workers. If it crashed, look at that sample. The same command goes on "
+        "from the last saved state."
+    )
 
 
 def in_order(dataset: Dataset, steps: Steps, workers: int, pin: bool) -> DataLoader:

@@ -3,8 +3,10 @@
 A unit is a sample, or one of the pairs of image and caption where each pair counts (clipft.data.pairs).
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64
@@ -55,6 +57,46 @@ def left_out(seed: int, epoch: int, num_units: int, batch_size: int) -> Int64[np
     return permutation(seed, epoch, num_units)[used:].copy()
 
 
+@runtime_checkable
+class Order(Protocol):
+    """Which units a global step holds, a pure function of the step."""
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """What besides seed, units and batch size decides the order; empty for a full shuffle."""
+        ...
+
+    def batch(self, step: int) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
+        """Epoch and unit of each row of global step `step`, counted from 0 over the whole run."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """Every unit once an epoch, in an order drawn anew over all of them."""
+
+    seed: int
+    num_units: int
+    batch_size: int
+    layout = ""
+
+    def __post_init__(self):
+        steps_per_epoch(self.num_units, self.batch_size)  # raises for a batch that they cannot fill
+
+    @property
+    def per_epoch(self) -> int:
+        return steps_per_epoch(self.num_units, self.batch_size)
+
+    def batch(self, step: int) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
+        epoch, units = batch_at(self.seed, step, self.num_units, self.batch_size)
+        return np.full(self.batch_size, epoch), units
+
+
 def rank_slice(batch_size: int, rank: int, world: int) -> slice:
     """This rank's part of a global batch; sizes differ by at most one."""
     if world > batch_size:
@@ -63,6 +105,12 @@ def rank_slice(batch_size: int, rank: int, world: int) -> slice:
             "Use a larger batch or fewer trainer.devices."
         )
     return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+
+def num_rows(batch_size: int, rank: int, world: int) -> int:
+    """Rows of this rank's slice."""
+    rows = rank_slice(batch_size, rank, world)
+    return rows.stop - rows.start
 
 
 def largest_share(batch_size: int, world: int) -> int:

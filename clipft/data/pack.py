@@ -12,8 +12,9 @@ from clipft.config import PackConfig
 from clipft.data.caption import CAPTION_COLUMNS, caption_list, captions_in, parse_json
 from clipft.data.decode import image_extension
 from clipft.data.index import write_index
+from clipft.data.manifest import MANIFEST, write_manifest
 from clipft.data.sample import BadSample
-from clipft.data.split import CLASSNAMES, MANIFEST, SPLIT_OF, SPLITS, TEMPLATES, write_manifest
+from clipft.data.split import CLASSNAMES, SPLIT_OF, SPLITS, TEMPLATES
 
 METADATA = "metadata.jsonl"
 IMAGE_COLUMNS = ("image", "file_name", "filepath", "path")

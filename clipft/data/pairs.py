@@ -13,7 +13,7 @@ from clipft.data.index import Samples
 from clipft.data.sample import BadSample
 from clipft.files import replace_file, user_cache
 
-VERSION = 1  # of the stored counts; to be raised when captions_of finds others in the same bytes
+VERSION = 2  # of the stored counts; to be raised when captions_of finds others in the same bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,42 +34,47 @@ class Units:
         i = int(np.searchsorted(self.ends, u, side="right"))
         return i, u - int(self.ends[i - 1]) if i else u
 
+    def per_shard(self) -> Int64[np.ndarray, " shards"]:
+        """Units of each shard; the units lie in the order of the shards."""
+        counts = np.ones(len(self.samples)) if self.ends is None else np.diff(self.ends, prepend=0)
+        return np.bincount(self.samples.rows[:, 0], counts, minlength=len(self.samples.shards)).astype(np.int64)
+
     def key(self, u: int) -> str:
         """The sample's key; for a pair with the number of its caption behind it."""
         i, number = self.at(u)
         return self.samples.key(i) + ("" if number is None else f"#{number}")
 
 
-def build_units(samples: Samples, captions: str) -> Units:
+def build_units(samples: Samples, captions: str, text_errors: str = "strict") -> Units:
     """The units of `data.captions`: samples (one) or pairs (all)."""
     if captions not in ("one", "all"):
         raise ValueError(f"data.captions={captions!r} is unknown. Use one or all.")
-    return Units(samples, np.cumsum(count_captions(samples)) if captions == "all" else None)
+    return Units(samples, np.cumsum(count_captions(samples, text_errors)) if captions == "all" else None)
 
 
-def count_captions(samples: Samples) -> Int64[np.ndarray, " samples"]:
+def count_captions(samples: Samples, text_errors: str = "strict") -> Int64[np.ndarray, " samples"]:
     """Captions of each sample; 1 where there are none to read, so that it keeps a slot and is dropped by name."""
-    place = counts_place(samples)
+    place = counts_place(samples, text_errors)
     counts = read_counts(place, len(samples))
     if counts is None:
-        counts = np.fromiter((num_captions(samples, i) for i in range(len(samples))), np.int64)
+        counts = np.fromiter((num_captions(samples, i, text_errors) for i in range(len(samples))), np.int64)
         if counts.all():
             write_counts(place, counts)
     return np.maximum(counts, 1)
 
 
-def num_captions(samples: Samples, i: int) -> int:
+def num_captions(samples: Samples, i: int, text_errors: str) -> int:
     """Captions of sample i, 1 where its members name none; 0 where the storage fails, which may pass."""
     try:
-        return len(captions_of(samples.read(i, ("json", "txt"))))
+        return len(captions_of(samples.read(i, ("json", "txt")), text_errors))
     except BadSample as bad:
-        return 0 if bad.reason in ("read_error", "short_read") else 1
+        return 0 if bad.reason in ("read_error", "short_read", "shard_changed") else 1
 
 
-def counts_place(samples: Samples) -> Path:
+def counts_place(samples: Samples, text_errors: str = "strict") -> Path:
     """Where the counts of these samples lie in the user's cache: another name when a shard was written again."""
     # The fingerprint alone does not see a change that keeps every size.
-    digest = hashlib.sha256(f"{VERSION} {samples.fingerprint} {samples.stamps.tolist()}".encode())
+    digest = hashlib.sha256(f"{VERSION} {text_errors} {samples.fingerprint} {samples.stamps.tolist()}".encode())
     return user_cache() / "captions" / digest.hexdigest()
 
 

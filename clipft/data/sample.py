@@ -12,6 +12,11 @@ class BadSample(Exception):
         self.reason = reason
 
 
+def printable(text: str) -> str:
+    """The text on one line, with what would steer a terminal, or turn the reading direction, as an escape."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def image_of(members: dict[str, bytes]) -> bytes:
     """The image's bytes; of several images the first in the order of IMAGE_KINDS."""
     for kind in IMAGE_KINDS:

@@ -3,6 +3,8 @@
 import os
 import re
 import tarfile
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +12,9 @@ from typing import BinaryIO
 from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS
 
 BLOCK = tarfile.BLOCKSIZE
+# A tar ends with a whole record: of 10 kB as a rule, of 512 bytes to 1 MiB where it was written with tar -b.
+RECORDS = (10240, *(BLOCK << n for n in range(12)))
+MAGIC_AT, MAGIC = 257, b"ustar"  # in a header, of ustar, GNU and PAX archives alike
 KINDS = frozenset(IMAGE_KINDS + TEXT_KINDS)
 # webdataset skips these names too (tariterators.tar_file_iterator, skip_meta).
 META_NAME = re.compile(r"__[^/]*__($|/)")
@@ -27,8 +32,8 @@ class ShardIndex:
     kinds: list[str]
     offsets: list[int]
     sizes: list[int]
-    dropped: dict[str, list[str]]
-    """Reason -> keys of the samples that cannot be used."""
+    dropped: dict[str, dict[str, int]]
+    """Reason -> samples that cannot be used, as key -> byte of the first header."""
     ignored: dict[str, int]
     """Reason -> number of members that belong to no sample."""
     problems: list[tuple[int, str]]
@@ -36,6 +41,8 @@ class ShardIndex:
 
 
 Group = dict[str, tuple[int, int]]  # kind -> (offset, size)
+# What tarfile raises over headers that do not make sense: sizes of exabytes, thousands of names for one member.
+HEADER_ERRORS = (tarfile.TarError, ValueError, LookupError, OverflowError, OSError, MemoryError, RecursionError)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -73,7 +80,9 @@ def why_ignored(member: tarfile.TarInfo) -> str | None:
 def scan_shard(path: str | Path) -> ShardIndex:
     """The index of the shard as its bytes are now, read from the headers alone."""
     groups: dict[str, Group] = {}
-    repeated: set[str] = set()
+    starts: dict[str, int] = {}
+    repeated: dict[str, list[int]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     ignored: dict[str, int] = {}
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
@@ -85,10 +94,15 @@ def scan_shard(path: str | Path) -> ShardIndex:
             ignored[reason or "no_extension"] = ignored.get(reason or "no_extension", 0) + 1
             continue
         key, kind = name
-        if kind in groups.setdefault(key, {}):
-            repeated.add(key)
-        groups[key][kind] = (member.offset_data, member.size)
-    good, dropped, num_extra = sort_groups(groups, repeated)
+        seen[key, kind] += 1
+        if seen[key, kind] > 1 + len(repeated.get(key, [])):
+            repeated.setdefault(key, []).append(member.offset)
+        groups.setdefault(key, {})[kind] = (member.offset_data, member.size)
+        starts.setdefault(key, member.offset)
+    good, bad, num_extra = sort_groups(groups, repeated.keys())
+    dropped = {reason: {key: starts[key] for key in keys} for reason, keys in bad.items()}
+    for key in bad.get("duplicate_key", []):
+        dropped["duplicate_key"] |= {f"{key} ({n})": start for n, start in enumerate(repeated[key], 2)}
     return ShardIndex(
         size=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
@@ -103,13 +117,15 @@ def scan_shard(path: str | Path) -> ShardIndex:
     )
 
 
-def sort_groups(groups: dict[str, Group], repeated: set[str]) -> tuple[dict[str, Group], dict[str, list[str]], int]:
+def sort_groups(
+    groups: dict[str, Group], repeated: Collection[str]
+) -> tuple[dict[str, Group], dict[str, list[str]], int]:
     """Usable samples, keys of the others by reason, and the number of members beside a usable sample.
 
     "a.mask.png" beside a whole sample "a" is such a member, not a broken sample "a.mask".
     """
     reasons = {key: verdict(group, key in repeated) for key, group in groups.items()}
-    dropped: dict[str, list[str]] = {}
+    bad: dict[str, list[str]] = {}
     num_extra = 0
     for key, reason in reasons.items():
         folder, slash, base = key.rpartition("/")
@@ -117,8 +133,8 @@ def sort_groups(groups: dict[str, Group], repeated: set[str]) -> tuple[dict[str,
         if reason and owner != key and reasons.get(owner, "absent") is None:
             num_extra += len(groups[key])
         elif reason:
-            dropped.setdefault(reason, []).append(key)
-    return {key: groups[key] for key, reason in reasons.items() if not reason}, dropped, num_extra
+            bad.setdefault(reason, []).append(key)
+    return {key: groups[key] for key, reason in reasons.items() if not reason}, bad, num_extra
 
 
 def read_headers(file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], list[tuple[int, str]]]:
@@ -127,15 +143,18 @@ def read_headers(file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], list
         return [], [(0, "the file is empty")]
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r")
-    except (tarfile.TarError, ValueError) as error:
+    except HEADER_ERRORS as error:
         file.seek(0)
-        return [], [(0, f"not a tar archive ({error}); it begins with {file.read(16)!r}")]
+        head = file.read(BLOCK)
+        if head[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC:
+            return [], [(0, f"damaged header ({error})")]
+        return [], [(0, f"not a tar archive ({error}); it begins with {head[:16]!r}")]
     members: list[tarfile.TarInfo] = []
-    while tar.offset <= size:
+    while not members or tar.offset <= size:  # the first one is read already
         try:
             member = tar.next()
-        except (tarfile.TarError, ValueError) as error:
-            return members, [(tar.offset, f"damaged header ({error})")]
+        except HEADER_ERRORS as error:
+            return members, [(tar.offset, f"damaged header ({str(error) or type(error).__name__})")]
         if member is None:
             break
         if member.size < 0:
@@ -146,6 +165,11 @@ def read_headers(file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], list
             return members, [(member.offset_data, what)]
         members.append(member)
     return members, check_end(file, min(tar.offset, size))
+
+
+def is_padding(num_zeros: int, size: int) -> bool:
+    """Whether so many zero bytes can be the end of a tar of this size: two blocks, filled up to a whole record."""
+    return any(num_zeros < 2 * BLOCK + record and not size % record for record in RECORDS) or num_zeros <= 2 * BLOCK
 
 
 def check_end(file: BinaryIO, offset: int) -> list[tuple[int, str]]:
@@ -161,4 +185,7 @@ def check_end(file: BinaryIO, offset: int) -> list[tuple[int, str]]:
         if chunk.strip(b"\0"):
             start = file.tell() - len(chunk.lstrip(b"\0"))
             return [(start, f"more data behind the end-of-archive block at byte {offset}")]
+    num_zeros = file.tell() - offset
+    if not is_padding(num_zeros, file.tell()):
+        return [(offset, f"nothing but {num_zeros} zero bytes from here on, as an unfinished copy leaves them")]
     return []

@@ -3,11 +3,10 @@
 import difflib
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,12 @@ from braceexpand import braceexpand
 
 from clipft.config import DataConfig
 from clipft.data.index import Samples, index_shards
-from clipft.files import replace_file
+from clipft.data.manifest import AGAIN, MANIFEST, listed_shards
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 SPLIT_OF = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
-MANIFEST = "shards.json"
 VAL_FRAC = 0.05
+NORMAL = ("folder", "meta")  # members without a sample that need no mention
 CLASSNAMES = "classnames.txt"  # both files as CLIP_benchmark lays them out
 TEMPLATES = "zeroshot_classification_templates.txt"
 HOW = (
@@ -38,6 +37,8 @@ class Found:
     """Where classnames.txt and the prompt templates would lie."""
     shards: dict[str, list[str]]
     notes: list[str]
+    mix: list[tuple[int, float]]
+    """Shards and weight of each source, where data.train has sources with weights."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class Splits:
     """What was held out, dropped or not used, in sentences for the plan."""
     classnames: list[str] | None
     templates: list[str]
+    text_errors: str
+    """data.text_errors, by which captions are read."""
+    mix: list[tuple[int, float]] = field(default_factory=list)
+    """Shards and weight of each source of train, where it has sources with weights."""
 
 
 def natural(path: str) -> list[str | int]:
@@ -153,53 +158,22 @@ def read_folder(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
 def read_manifest(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     """Shards by split as shards.json lists them; files that are missing or of another size raise."""
     path = folder / MANIFEST
-    again = "Copy the folder again or pack it again (clipft data pack)."
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-        if manifest["version"] != 1:
-            raise ValueError(f"version {manifest['version']!r}, this clipft reads version 1")
-        listed = {split: [(s["name"], s["bytes"]) for s in e["shards"]] for split, e in manifest["splits"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a list of shards ({error!r}). {again}") from error
-    for name, size in (shard for shards in listed.values() for shard in shards):
-        found = os.path.getsize(folder / name) if (folder / name).is_file() else None
-        if found != size:
+    listed = listed_shards(folder)
+    for shard in (shard for shards in listed.values() for shard in shards):
+        found = os.path.getsize(shard.path) if shard.path.is_file() else None
+        if found != shard.bytes:
             state = "does not exist" if found is None else f"has {found} bytes"
-            raise ValueError(f"{folder / name} {state}; {path} lists it with {size} bytes. {again}")
+            raise ValueError(f"{shard.path} {state}; {path} lists it with {shard.bytes} bytes. {AGAIN}")
     others = [split for split in listed if split not in SPLITS]
     notes = [f"{path}: split {split!r} is none of {', '.join(SPLITS)} and is not used" for split in others]
-    return {split: [str(folder / name) for name, _ in listed.get(split, [])] for split in SPLITS}, notes
-
-
-def write_manifest(folder: Path, name: str, shards: dict[str, list[Path]], num_samples: dict[str, int]) -> None:
-    """Write shards.json: the shards of each split in their order; `num_samples` is per shard file name."""
-    splits = {}
-    for split, paths in shards.items():
-        entries = [
-            {
-                "name": path.relative_to(folder).as_posix(),
-                "samples": num_samples[path.name],
-                "bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-            }
-            for path in paths
-        ]
-        splits[split] = {
-            "shards": entries,
-            "samples": sum(entry["samples"] for entry in entries),
-            "bytes": sum(entry["bytes"] for entry in entries),
-        }
-    replace_file(folder / MANIFEST, json.dumps({"version": 1, "name": name, "splits": splits}, indent=1) + "\n")
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {split: [str(shard.path) for shard in listed.get(split, [])] for split in SPLITS}, notes
 
 
 def find_shards(config: DataConfig) -> Found:
     """Which shards the config means; cheap, so that a command can fail before anything heavy is imported."""
-    given = {"train": config.train, "val": config.val, "test": config.test}
+    weighted = [source for source in config.train if isinstance(source, dict)]
+    patterns = [pattern for source in weighted for pattern in source["shards"]] or config.train
+    given = {"train": patterns, "val": config.val, "test": config.test}
     if config.path is None and not any(given.values()):
         raise ValueError("There is no data. Give data=NAME (the folder data/NAME), a path, or data.train=SHARDS.")
     shards: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -216,7 +190,8 @@ def find_shards(config: DataConfig) -> Found:
     shared = set(shards["train"]) & set(shards["val"] + shards["test"])
     if shared:
         notes.append(f"{len(shared)} shards are both trained on and measured on: {min(shared)}, ...")
-    return Found(config.name or folder.resolve().name, folder, shards, notes)
+    mix = [(len(expand_shards("data.train", source["shards"])), source["weight"]) for source in weighted]
+    return Found(config.name or folder.resolve().name, folder, shards, notes, mix)
 
 
 def read_path(value: str, path: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -244,12 +219,9 @@ def load_splits(config: DataConfig) -> Splits:
     """The samples of each split; without val a fixed share of train is held out."""
     found = find_shards(config)
     samples = {split: index_shards(paths) if paths else None for split, paths in found.shards.items()}
-    notes = found.notes + [
-        f"{split}: {count} samples left out ({reason})"
-        for split, part in samples.items()
-        if part is not None
-        for reason, count in part.dropped.items()
-    ]
+    notes = found.notes + [note for split, part in samples.items() if part is not None for note in losses(split, part)]
+    for split, part in samples.items():
+        check_dropped(f"data.{split}", part, config.max_bad_frac)
     train, val = samples["train"], samples["val"]
     if val is not None and config.val_frac is not None:
         raise ValueError(
@@ -264,7 +236,41 @@ def load_splits(config: DataConfig) -> Splits:
         )
     templates = read_lines(found.folder / TEMPLATES) or []
     classnames = read_lines(found.folder / CLASSNAMES)
-    return Splits(found.name, train, val, samples["test"], notes, classnames, templates)
+    return Splits(found.name, train, val, samples["test"], notes, classnames, templates, config.text_errors, found.mix)
+
+
+def check_dropped(key: str, samples: Samples | None, max_bad_frac: float) -> None:
+    """Raises where the index of the shards leaves out more than this share of their samples."""
+    num_dropped = sum(samples.dropped.values()) if samples else 0
+    if samples and num_dropped > max_bad_frac * (num_dropped + len(samples)):
+        raise ValueError(
+            f"{key}: {num_dropped:,} of {num_dropped + len(samples):,} samples cannot be used ({samples.lost()}), "
+            f"more than data.max_bad_frac={max_bad_frac}. Repair the shards, or raise the limit."
+        )
+
+
+def losses(split: str, samples: Samples) -> list[str]:
+    """What the indexes of a split's shards leave out, in sentences."""
+    notes = [
+        f"{split}: {counted(count, 'sample')} left out ({reason}, such as {samples.examples[reason]})"
+        for reason, count in samples.dropped.items()
+    ]
+    notes += [
+        f"{split}: {counted(count, 'member')} without a sample ({reason})"
+        for reason, count in samples.ignored.items()
+        if reason not in NORMAL
+    ]
+    filled = np.bincount(samples.rows[:, 0], minlength=len(samples.shards)) > 0
+    if not filled.all():
+        first = samples.shards[int(np.argmin(filled))]
+        notes.append(
+            f"{split}: {np.sum(~filled)} of {counted(len(filled), 'shard')} without any sample, such as {first}"
+        )
+    return notes
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def hold_out(train: Samples, val_frac: float) -> tuple[Samples, Samples]:
@@ -282,7 +288,7 @@ def hold_out(train: Samples, val_frac: float) -> tuple[Samples, Samples]:
     chosen = np.zeros(len(train), bool)
     chosen[np.argsort(hashes, kind="stable")[:num_val]] = True
     rest = train.take(np.flatnonzero(~chosen))
-    return replace(rest, dropped=train.dropped), train.take(np.flatnonzero(chosen))
+    return replace(rest, dropped=train.dropped, examples=train.examples), train.take(np.flatnonzero(chosen))
 
 
 def column_of_hashes(keys: Iterable[str]) -> np.ndarray:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from clipft.data.manifest import MANIFEST
 from clipft.data.pack import Row, text_members, write_set
-from clipft.data.split import MANIFEST
 
 SIZE = 64  # px
 SUPERSAMPLE = 4  # for smooth edges

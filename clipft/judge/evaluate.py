@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from clipft.data.caption import captions_of, normalise_caption
+from clipft.data.caption import normalise_caption, question_of
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
-from clipft.data.loader import eval_images
+from clipft.data.loader import eval_images, naming_lost_workers
 from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, image_of
 from clipft.judge.retrieval import retrieval_metrics
 from clipft.judge.zero_shot import class_prototypes, zero_shot_metrics
@@ -70,7 +70,7 @@ class Evaluation:
     metrics: dict[str, float]
     """Under "<data set>/<metric>"."""
     gallery: dict[str, Any]
-    """What they were made on: images, captions, distinct_captions; labelled_images, classes; dropped."""
+    """What they were made on: indexed, used, dropped; images, captions, distinct_captions; labelled_images, classes."""
     embedded: Embedded = field(repr=False)
 
 
@@ -106,6 +106,7 @@ def build_task(
     classnames: list[str] | None,
     templates: list[str],
     tokenize: Callable[[list[str]], Int64[Tensor, "U L"]],
+    text_errors: str = "strict",
 ) -> Task:
     """The captions, labels and prompts of the samples, read and tokenized."""
     if classnames and not templates:
@@ -113,7 +114,7 @@ def build_task(
             f"{name} has class names and no prompts for them. Write lines such as 'a photo of a {{c}}.' into "
             f"zeroshot_classification_templates.txt beside its shards."
         )
-    images, labels, captions, dropped = read_questions(samples, bool(classnames))
+    images, labels, captions, dropped = read_questions(samples, bool(classnames), text_errors)
     check_labels(name, samples, images, labels, classnames or [])
     prompts = [[template.replace("{c}", each) for template in templates] for each in classnames or []]
     flat = [text for texts in captions for text in texts] + [text for texts in prompts for text in texts]
@@ -148,12 +149,14 @@ def in_words(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
-def read_questions(samples: Samples, labelled: bool) -> tuple[list[int], list[int], list[list[str]], dict[str, int]]:
+def read_questions(
+    samples: Samples, labelled: bool, text_errors: str
+) -> tuple[list[int], list[int], list[list[str]], dict[str, int]]:
     """Positions, labels and captions of the samples that have one of the two, and what the others lack."""
     images, labels, captions, dropped = [], [], [], Counter(samples.dropped)
     for i in range(len(samples)):
         try:
-            label, texts = question_of(samples.read(i, TEXT_KINDS), labelled)
+            label, texts = question_of(samples.read(i, TEXT_KINDS), labelled, text_errors)
         except BadSample as bad:
             dropped[bad.reason] += 1
             continue
@@ -161,24 +164,6 @@ def read_questions(samples: Samples, labelled: bool) -> tuple[list[int], list[in
         labels.append(label)
         captions.append(texts)
     return images, labels, captions, dict(dropped)
-
-
-def question_of(members: dict[str, bytes], labelled: bool) -> tuple[int, list[str]]:
-    """Label (-1: none) and captions of a sample that has one of them; a bad caption leaves the label."""
-    label = read_label(members["cls"]) if labelled and "cls" in members else -1
-    try:
-        return label, [text.strip() for text in captions_of(members)]
-    except BadSample:
-        if label < 0:
-            raise
-        return label, []
-
-
-def read_label(raw: bytes) -> int:
-    try:
-        return max(int(raw), -1)
-    except ValueError as error:
-        raise BadSample("bad_label") from error
 
 
 def check_labels(name: str, samples: Samples, images: list[int], labels: list[int], classnames: list[str]) -> None:
@@ -209,12 +194,13 @@ def embed(
     with evaluating(clip.model), torch.inference_mode():
         batches = deal(torch.from_numpy(task.images), batch_size)
         images, places = [], []
-        for indices, pixels, valid in eval_images(
-            task.samples, clip.preprocess, max_pixels, workers, [batch.numpy() for batch in batches]
-        ):
-            with autocast():
-                images.append(encode_image(clip.model, pixels.to(device))[valid.to(device)])
-            places.append(torch.from_numpy(indices)[valid])
+        mine = [batch.numpy() for batch in batches]
+        loader = eval_images(task.samples, clip.preprocess, max_pixels, workers, mine)
+        with naming_lost_workers(loader):
+            for indices, pixels, valid in loader:
+                with autocast():
+                    images.append(encode_image(clip.model, pixels.to(device))[valid.to(device)])
+                places.append(torch.from_numpy(indices)[valid])
         image, place = gather_in_order(images, places, device)
         texts, rows = [], deal(torch.arange(len(task.texts)), batch_size)
         for batch in rows:
@@ -273,13 +259,20 @@ def judge(task: Task, embedded: Embedded, relevance: str) -> Evaluation:
             f"{task.name}: none of its {len(task.images)} images could be decoded "
             f"({in_words(embedded.dropped)}). Look at the first: {task.samples.key(int(task.images[0]))}."
         )
-    dropped = dict(Counter(task.dropped) + Counter(embedded.dropped))
+    ledger = account(task, embedded)
     retrieval, pairs = judge_retrieval(task, embedded, relevance)
     zero_shot, classes = judge_zero_shot(task, embedded)
     metrics = {f"{task.name}/{metric}": value for metric, value in (retrieval | zero_shot).items()}
-    return Evaluation(
-        name=task.name, metrics=metrics, gallery=pairs | classes | {"dropped": dropped}, embedded=embedded
-    )
+    return Evaluation(name=task.name, metrics=metrics, gallery=ledger | pairs | classes, embedded=embedded)
+
+
+def account(task: Task, embedded: Embedded) -> dict[str, Any]:
+    """What became of the split's samples: indexed = used + dropped."""
+    indexed = len(task.samples) + sum(task.samples.dropped.values())
+    dropped = dict(Counter(task.dropped) + Counter(embedded.dropped))
+    if indexed != len(embedded.kept) + sum(dropped.values()):
+        raise RuntimeError(f"{task.name}: {len(embedded.kept)} used and {dropped} dropped are not {indexed} samples")
+    return {"indexed": indexed, "used": len(embedded.kept), "dropped": dropped}
 
 
 def judge_retrieval(task: Task, embedded: Embedded, relevance: str) -> tuple[dict[str, float], dict[str, int]]:

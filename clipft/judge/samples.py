@@ -5,7 +5,7 @@ import torch
 from jaxtyping import UInt8
 
 from clipft.data.decode import decode_rgb
-from clipft.data.sample import IMAGE_KINDS, image_of
+from clipft.data.sample import IMAGE_KINDS, image_of, printable
 from clipft.judge.evaluate import Embedded, Task
 from clipft.learn.loggers import Retrieved
 
@@ -28,7 +28,7 @@ def retrieve(task: Task, embedded: Embedded, caption: int, own: int) -> Retrieve
     found = scores.topk(min(NUM_FOUND, len(scores))).indices.tolist()
     rank = int((scores > scores[own]).sum()) + 1
     return Retrieved(
-        task.texts[caption], picture(task, embedded, own), [picture(task, embedded, i) for i in found], rank
+        printable(task.texts[caption]), picture(task, embedded, own), [picture(task, embedded, i) for i in found], rank
     )
 
 

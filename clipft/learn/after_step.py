@@ -15,10 +15,11 @@ from torch import Tensor
 
 from clipft.config import Every
 from clipft.data.loader import Batch
+from clipft.data.order import num_rows
 from clipft.learn.checkpoint import step_path
 from clipft.learn.gather import all_objects, rank, world
 from clipft.learn.journal import Journal
-from clipft.learn.ledger import Ledger
+from clipft.learn.ledger import Ledger, bad_counts
 from clipft.learn.module import ContrastiveModule, StepRecord
 from clipft.learn.saver import Saver
 from clipft.learn.skips import Skips
@@ -45,6 +46,8 @@ class Sums:
     """In host memory, there when `arrived` says so."""
     arrived: torch.cuda.Event | None
     keys: list[str]
+    bad: list[tuple[str, str]]
+    """Key and reason of the rows that could not be used."""
     wait_s: float
     total_s: float
 
@@ -86,6 +89,7 @@ class AfterStep(pl.Callback):
         self.best_step, self.best_value = 0, -math.inf
         self.waiting: deque[Sums] = deque()
         self.start = self.end = 0.0
+        self.rows = [num_rows(journal.batch_size, each, world()) for each in range(world())]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -126,7 +130,9 @@ class AfterStep(pl.Callback):
         assert isinstance(pl_module, ContrastiveModule) and pl_module.record is not None
         record, now = pl_module.record, time.perf_counter()
         last = record.step == pl_module.plan.num_steps
-        sums = Sums(record, *to_host(self._sum(record, batch)), batch.keys, self.start - self.end, now - self.end)
+        bad = [(batch.keys[row], reason) for row, reason in batch.bad.items()]
+        values = to_host(self._sum(record, batch))
+        sums = Sums(record, *values, batch.keys, bad, self.start - self.end, now - self.end)
         self.waiting.append(sums)
         due = self._read(leave=self.lag)
         evaluate = due.evaluate or self.evaluate.due_by_step(record.step) or last
@@ -135,7 +141,7 @@ class AfterStep(pl.Callback):
         if evaluate or save:  # a saved state has all its rows on disk
             reason = self._read(leave=0).stop or reason
         improved = evaluate and self._validate(pl_module, record.step)
-        self.journal.write()
+        self.journal.write(self.ledger.line())
         if save or improved:
             self.ledger.meet()
             trainer.save_checkpoint(step_path(self.folder, record.step))
@@ -147,14 +153,14 @@ class AfterStep(pl.Callback):
         self.end = time.perf_counter()
 
     def _sum(self, record: StepRecord, batch: Batch) -> Tensor:
-        """Scale and norm, then sums over ranks: loss, shared positives, skips, used and dropped samples, wishes."""
+        """Scale and norm, then sums over ranks: loss, shared positives, skips, used samples, wishes, bad samples."""
         first = rank() == 0  # durations run on one clock
         wish = self.stop.wish()
         mine = [
-            self.ledger.see(batch),
             first and self.save.due_by_clock(),
             first and self.evaluate.due_by_clock(),
             *(wish == reason for reason in STOPS),
+            *bad_counts(batch),
         ]
         gradients = record.gradients
         host = torch.tensor([float(value) for value in mine])
@@ -174,13 +180,14 @@ class AfterStep(pl.Callback):
             sums = self.waiting.popleft()
             if sums.arrived is not None:
                 sums.arrived.synchronize()
-            scale, norm, loss, shared, skipped, used, dropped, saves, evaluates, *stops = sums.values.tolist()
+            scale, norm, loss, shared, skipped, used, saves, evaluates, *rest = sums.values.tolist()
             save, evaluate = save or saves > 0, evaluate or evaluates > 0
-            stop = next((reason for reason, wishes in zip(STOPS, stops, strict=True) if wishes > 0), stop)
-            counts = {"shared_positives": int(shared), "dropped": int(dropped), "skipped": int(skipped > 0)}
+            stop = next((reason for reason, wishes in zip(STOPS, rest, strict=False) if wishes > 0), stop)
+            seen = [int(value) for value in rest[len(STOPS) :]]
+            counts = {"shared_positives": int(shared), "dropped": seen[0], "skipped": int(skipped > 0)}
             shown = {"loss": loss, "scale": scale, "lr": sums.record.lr, "grad_norm": norm}
             self.journal.step(sums.record.step, shown, counts, sums.wait_s, sums.total_s)
-            self.ledger.add(self.journal.batch_size, int(used), int(dropped))
+            self.ledger.add(self.rows, int(used), seen, sums.bad)
             self.skips.add(sums.record, sums.keys, skipped > 0)
         return Due(save, evaluate, stop)
 

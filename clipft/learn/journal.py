@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.csv, the terminal, loggers. Only rank 0 has one that writes."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,14 +35,13 @@ class Journal:
         self.rows: dict[int, dict[str, float]] = {}
         self.began = self.shown = self.logged = time.monotonic()
         self.wait_s = self.total_s = 0.0
-        self.since, self.num_dropped = first_step, 0
+        self.since = first_step
         self.refused = False
         self.draws = sys.stderr.isatty()
 
     def step(self, step: int, shown: dict[str, float], counts: dict[str, int], wait_s: float, total_s: float) -> None:
         """Takes down a step; `counts` are sums over ranks, such as the dropped samples."""
         self.wait_s, self.total_s = self.wait_s + wait_s, self.total_s + total_s
-        self.num_dropped += counts["dropped"]
         if self.file is None:
             return
         self.rows[step] = {f"train/{name}": value for name, value in (shown | counts).items()} | {
@@ -55,8 +55,8 @@ class Journal:
         self.rows[step] |= {f"val/{name}": value for name, value in metrics.items()}
         self.print(f"step {step}/{self.num_steps}  val {selected} (best {best})")
 
-    def write(self) -> None:
-        """Puts the waiting rows on disk and, where it is time, a line on the terminal."""
+    def write(self, ledger: str) -> None:
+        """Puts the waiting rows on disk and, where it is time, a line with the ledger on the terminal."""
         if self.file is None:
             return
         now = time.monotonic()
@@ -71,7 +71,7 @@ class Journal:
                 self._log(step, row)
                 self.logged = now
             if now - self.shown >= (DRAW_EVERY_S if self.draws else LINE_EVERY_S) or step == self.num_steps:
-                self._show(step, row, now)
+                self._show(step, row, ledger, now)
 
     def _append(self, step: int, row: dict[str, float]) -> bool:
         """Puts a row on disk; where the disk refuses, it waits in memory and training goes on."""
@@ -100,18 +100,21 @@ class Journal:
     def _log(self, step: int, row: dict[str, float]) -> None:
         self.loggers = each_guarded(self.loggers, lambda logger: logger.log_metrics(row, step))
 
-    def _show(self, step: int, row: dict[str, float], now: float) -> None:
+    def _show(self, step: int, row: dict[str, float], ledger: str, now: float) -> None:
         speed = (step - self.since) * self.batch_size / self.total_s if self.total_s else 0.0
         left_s = (self.num_steps - step) * (now - self.began) / max(1, step - self.first_step)
         line = (
             f"step {step}/{self.num_steps}  loss {row['train/loss']:.3f} (chance {self.chance:.3f})  "
-            f"scale {row['train/scale']:.1f}  lr {row['train/lr']:.2e}  {speed:.0f} samples/s  "
-            f"data wait {100 * self.wait_s / max(self.total_s, 1e-9):.0f}%  eta {clock(left_s)}"
-        ) + (f"  dropped {self.num_dropped}" if self.num_dropped else "")
+            f"eta {clock(left_s)}  {ledger}  {speed:.0f} samples/s  "
+            f"data wait {100 * self.wait_s / max(self.total_s, 1e-9):.0f}%  "
+            f"scale {row['train/scale']:.1f}  lr {row['train/lr']:.2e}"
+        )
         if not self.draws or step == self.num_steps:
             self.log(line)
         if self.draws:
-            self._put(f"\r\x1b[K{line}" + ("" if step < self.num_steps else "\n"))
+            whole = step == self.num_steps  # while it is drawn over, it must stay on one row of the terminal
+            width = shutil.get_terminal_size().columns - 1
+            self._put(f"\r\x1b[K{line}\n" if whole else f"\r\x1b[K{line[:width]}")
         else:
             self._put(f"{line}\n")
         self.shown, self.since, self.wait_s, self.total_s = now, step, 0.0, 0.0

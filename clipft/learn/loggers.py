@@ -124,6 +124,8 @@ def log_end(logger: Logger, results: dict[str, Any], retrievals: Sequence[Retrie
         for number, each in enumerate(retrievals):
             logger.experiment.add_image(f"found/{each.caption}", each.found[0], number, dataformats="HWC")
     logger.finalize("success")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()  # which Lightning leaves to the end of the process
 
 
 def log_tables_to_wandb(

@@ -1,7 +1,6 @@
 import json
 import shutil
 import subprocess
-import time
 
 import pytest
 
@@ -59,6 +58,12 @@ def test_a_byte_order_mark_is_no_part_of_a_caption():
         ({"txt": b" \n\t\n"}, "no_caption"),
         ({"txt": "Mädchen".encode("latin-1")}, "bad_utf8"),
         ({"txt": "a dog".encode("utf-16")}, "bad_utf8"),
+        ({"txt": "a dog".encode("utf-16-le")}, "bad_utf8"),
+        ({"txt": b"a dog\0"}, "bad_utf8"),
+        ({"txt": b"&nbsp;&#32;"}, "no_caption"),
+        ({"txt": "\u200b\ufeff\u00a0".encode()}, "no_caption"),
+        ({"json": rb'{"caption": null}'}, "no_caption"),
+        ({"json": rb'{"caption": [null, null]}'}, "no_caption"),
         ({"json": b'{"caption": "M\xe4dchen"}'}, "bad_utf8"),
         ({"json": rb'{"caption": "\ud800"}'}, "bad_utf8"),
         ({"json": b'{"caption": "a dog'}, "bad_json"),
@@ -68,6 +73,33 @@ def test_a_byte_order_mark_is_no_part_of_a_caption():
 )
 def test_unusable_captions_have_a_reason(members, reason):
     assert reason_of(members) == reason
+
+
+def latin(text: str) -> bytes:
+    return text.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "members, captions",
+    [
+        ({"txt": latin("ein Mädchen")}, ["ein M\ufffddchen"]),
+        ({"txt": latin("ein Mädchen\neine Straße")}, ["ein M\ufffddchen", "eine Stra\ufffde"]),
+        ({"json": latin('{"caption": "Mädchen"}')}, ["M\ufffddchen"]),
+        ({"json": rb'{"caption": "a \ud800 dog"}'}, ["a \ufffd\ufffd\ufffd dog"]),
+        ({"txt": b"a\0dog"}, ["a\ufffddog"]),
+        ({"txt": "\ufeffein Mädchen 😀".encode()}, ["ein Mädchen 😀"]),
+    ],
+)
+def test_with_replace_what_is_no_utf8_becomes_the_replacement_character(members, captions):
+    assert captions_of(members, "replace") == captions
+    assert not any("\ud800" <= char <= "\udfff" for caption in captions for char in caption)
+
+
+def test_a_group_in_json_that_is_no_utf8_follows_the_same_rule():
+    members = {"json": latin('{"product": "Öl"}')}
+    with pytest.raises(BadSample, match="bad_utf8"):
+        group_of(members, "product")
+    assert group_of(members, "product", "replace") == "\ufffdl"
 
 
 def test_captions_that_differ_in_case_and_space_are_equal_and_others_are_not():
@@ -82,12 +114,48 @@ def test_ids_fit_a_signed_64_bit_tensor_and_use_all_63_bits():
     assert 0 <= min(ids) and 2**62 < max(ids) < 2**63
 
 
-def test_a_caption_of_a_megabyte_takes_no_time():
-    text = "schöne Straße " * 80_000
-    start = time.perf_counter()
-    captions = captions_of({"txt": text.encode()})
-    caption_id(captions[0])
-    assert time.perf_counter() - start < 0.5
+ORDINARY = [
+    "a dog",
+    "Two dogs run over wet grass, and one of them carries a stick. " * 14,
+    "Rindfleischetikettierungsüberwachungsaufgabenübertragungsgesetz",
+    "狗在草地上奔跑，" * 40,
+    "👩‍👩‍👧‍👦" * 9 + " 5 < 6 & 7 > 3, R&D &amp; <b>bold</b> <i>x</i>",
+    "https://example.org/" + "a1b2-c3_d4/" * 40 + "?q=1",
+    "----------------------------------------------------------------",
+    "<unknown> <person> in <start> of text",
+    "😀",
+    "?!",
+]
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_ordinary_captions_are_left_as_they_are(text):
+    assert captions_of({"txt": text.encode()}) == [text.strip()]
+
+
+def test_of_an_endless_caption_the_start_is_kept_in_words_of_a_bounded_length():
+    [caption] = captions_of({"txt": b"word " * 200_000})
+    assert "word " * 200_000 == caption + ("word " * 200_000)[len(caption) :] and 900 < len(caption) < 1000
+    for letters in ("x" * 10**6, "图" * 10**6, "!" * 10**6, "_" * 10**6):
+        [caption] = captions_of({"txt": letters.encode()})
+        assert max(map(len, caption.split(" "))) <= 128 and caption.replace(" ", "") == letters[:924]
+    assert captions_of({"txt": b"a" + b" " * 10**6 + b"dog"}) == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a <end_of_text> dog", "a < end_of_text > dog"),
+        ("<START_of_text>", "< START_of_text >"),
+        ("&lt;end_of_text&gt;", "< end_of_text >"),
+        ("&amp;amp;lt;end_of_text&amp;amp;gt;", "< end_of_text >"),
+        ("＜end_of_text＞", "< end_of_text >"),
+        ("<end\x01_of\x1b[31m_text>", "< end_of_text >"),
+        ("<<end_of_text>end_of_text>", "<< end_of_text >end_of_text>"),
+    ],
+)
+def test_the_names_of_special_tokens_are_spelled_apart(text, words):
+    assert captions_of({"txt": text.encode()}) == captions_of(as_json({"caption": text})) == [words]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -14,8 +15,9 @@ from shards import Members, jpeg, pairs, write_shards, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import ShardWriter
 
-from clipft.data.index import Samples, index_places, index_shards, load_index, read_index, write_index
-from clipft.data.sample import BadSample, image_of
+from clipft.data.caption import captions_of
+from clipft.data.index import Samples, index_places, index_shards, load_index, read_index, seal, write_index
+from clipft.data.sample import BadSample, image_of, printable
 from clipft.data.shard import scan_shard, split_name
 
 
@@ -31,7 +33,7 @@ def same_as_webdataset(samples: Samples) -> None:
     assert len(theirs) == len(samples)
     for i, sample in enumerate(theirs):
         stem = os.path.basename(sample["__url__"]).removesuffix(".tar")
-        assert samples.key(i) == f"{stem}/{sample['__key__']}"
+        assert samples.key(i) == printable(f"{stem}/{sample['__key__']}")
         assert samples.extensions(i) == [kind for kind in sample if not kind.startswith("__")]
         ours = samples.read(i, tuple(samples.kinds))
         assert ours == {kind: sample[kind] for kind in ours} and len(ours) == len(samples.extensions(i))
@@ -46,11 +48,81 @@ def test_shards_of_webdatasets_writer_give_the_samples_that_webdataset_reads(tmp
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_odd_names_are_read_as_webdataset_reads_them(tmp_path: Path, format: int):
-    stems = ["x" * 90, "folder/" * 12 + "y" * 90, "./dot", "../up", "UPPER"]
+    stems = ["x" * 90, "folder/" * 12 + "y" * 90, "./dot", "../up", "/absolute", "UPPER"]
     if format != tarfile.USTAR_FORMAT:
         stems += ["z" * 300, "größe 图", "line\nbreak"]
     members = [(f"{stem}.{kind}", f"{n} {kind}".encode()) for n, stem in enumerate(stems) for kind in ("JPG", "txt")]
     same_as_webdataset(index_shards([write_tar(tmp_path / "a.tar", members, format)]))
+
+
+PICTURES = ("jpg", "png", "webp")
+
+
+def as_img2dataset(i: int) -> tuple[bytes, dict]:
+    """The bytes of an image, and a row of metadata as img2dataset writes it."""
+    raw = jpeg(i)
+    return raw, {
+        "caption": f"no {i}, “quoted” & größer",
+        "url": f"https://example.org/{i}.jpg?w=1&h=2",
+        "key": f"{i:09d}",
+        "status": "success",
+        "error_message": None,
+        "width": 24,
+        "height": 20,
+        "original_width": 24,
+        "original_height": 20,
+        "exif": "{}",
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "md5": hashlib.md5(raw).hexdigest(),
+        "similarity": 0.3 + i,
+        "LICENSE": "?",
+        "NSFW": None,
+    }
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_shards_of_img2dataset_give_the_samples_that_webdataset_reads(tmp_path: Path, kind: str):
+    members: Members = []
+    for i in range(6):
+        raw, row = as_img2dataset(i)
+        text = json.dumps(row, indent=4).encode()
+        members += [(f"{i:09d}.json", text), (f"{i:09d}.txt", row["caption"].encode()), (f"{i:09d}.{kind}", raw)]
+    samples = index_shards([write_tar(tmp_path / "00000.tar", members)])
+    same_as_webdataset(samples)
+    for i in range(6):
+        raw, row = as_img2dataset(i)
+        assert samples.key(i) == f"00000/{i:09d}"
+        assert image_of(samples.read(i)) == raw and captions_of(samples.read(i)) == [row["caption"]]
+
+
+def test_a_row_of_img2dataset_without_a_caption_is_counted_as_such(tmp_path: Path):
+    raw, row = as_img2dataset(0)
+    members = [("0.jpg", raw), ("0.txt", b""), ("0.json", json.dumps(row | {"caption": None}).encode())]
+    with pytest.raises(BadSample, match="no_caption"):
+        captions_of(index_shards([write_tar(tmp_path / "0.tar", members)]).read(0))
+
+
+def test_shards_as_open_clip_describes_them_give_the_samples_that_webdataset_reads(tmp_path: Path):
+    shards = []
+    for n, columns in enumerate((None, "text", "caption", "captions")):
+        members: Members = []
+        for i in range(3):
+            text = f"no {i}"
+            words = (f"{i:05d}.json", json.dumps({columns: text, "id": i}).encode())
+            members += [(f"{i:05d}.jpg", jpeg(i)), words if columns else (f"{i:05d}.txt", text.encode())]
+        shards.append(write_tar(tmp_path / f"{n:05d}.tar", members))
+    samples = index_shards(shards)
+    same_as_webdataset(samples)
+    assert [captions_of(samples.read(i)) for i in range(12)] == [[f"no {i % 3}"] for i in range(12)]
+
+
+def test_a_key_is_printable_on_one_line_whatever_a_name_holds(tmp_path: Path):
+    names = ["red\x1b[31m", "two\nlines", "bell\x07", "csi\x9b1m", "right\u202eleft", "größe 图 😀"]
+    members = [(f"{name}.{kind}", b"") for name in names for kind in ("jpg", "txt")]
+    samples = index_shards([write_tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)])
+    keys = [samples.key(i) for i in range(6)]
+    shown = ["red\\x1b[31m", "two\\nlines", "bell\\x07", "csi\\x9b1m", "right\\u202eleft", "größe 图 😀"]
+    assert keys == [f"a/{name}" for name in shown] and all(key.isprintable() for key in keys)
 
 
 def test_names_that_are_no_utf8_have_a_printable_key(tmp_path: Path):
@@ -90,11 +162,14 @@ def test_members_of_a_sample_need_not_lie_together(tmp_path: Path):
 def test_what_is_no_sample_is_left_out_and_counted_by_reason(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         names = ["good.jpg", "good.txt", "good.mask.png", "alone.jpg", "words.txt", "twice.jpg", "twice.txt"]
-        for name in [*names, "twice.jpg", "README", "._good.jpg", "__meta__/x.jpg"]:
+        for name in [*names, "twice.jpg", "twice.txt", "twice.txt", "README", "._good.jpg", "__meta__/x.jpg"]:
             tar.addfile(tarfile.TarInfo(name))
         for name, kind in (
             ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
             ("pipe.jpg", tarfile.FIFOTYPE),
+            ("disk.jpg", tarfile.BLKTYPE),
+            ("console.jpg", tarfile.CHRTYPE),
             ("dir", tarfile.DIRTYPE),
         ):
             info = tarfile.TarInfo(name)
@@ -102,14 +177,35 @@ def test_what_is_no_sample_is_left_out_and_counted_by_reason(tmp_path: Path):
             tar.addfile(info)
     index = scan_shard(tmp_path / "a.tar")
     assert index.keys == ["good"] and index.kinds == ["jpg", "txt"]
-    assert index.dropped == {"no_text": ["alone"], "no_image": ["words"], "duplicate_key": ["twice"]}
-    assert index.ignored == {"extra": 1, "no_extension": 2, "meta": 1, "not_a_plain_file": 2, "folder": 1}
-    assert index.problems == []
-    assert index_shards([str(tmp_path / "a.tar")]).dropped == {
-        "no_text": 1,
-        "no_image": 1,
-        "duplicate_key": 1,
+    headers = {name: 512 * n for n, name in enumerate(names)}
+    assert index.dropped == {
+        "no_text": {"alone": headers["alone.jpg"]},
+        "no_image": {"words": headers["words.txt"]},
+        "duplicate_key": {"twice": headers["twice.jpg"], "twice (2)": 512 * 7, "twice (3)": 512 * 9},
     }
+    assert index.ignored == {"extra": 1, "no_extension": 2, "meta": 1, "not_a_plain_file": 5, "folder": 1}
+    assert index.problems == []
+    samples = index_shards([str(tmp_path / "a.tar")])
+    assert samples.dropped == {"no_text": 1, "no_image": 1, "duplicate_key": 3}
+    assert samples.ignored == index.ignored
+    assert samples.examples["duplicate_key"] == f"twice (byte {headers['twice.jpg']} of {tmp_path}/a.tar)"
+
+
+@pytest.mark.parametrize("record", [512, 10240, 1 << 16, 1 << 20])
+def test_zeros_behind_a_tar_are_padding_up_to_a_whole_record_and_damage_beyond_it(tmp_path: Path, record: int):
+    raw = Path(write_tar(tmp_path / "whole.tar", pairs(0, 40))).read_bytes().rstrip(b"\0")
+    content = len(raw) + -len(raw) % 512 + 1024
+    for extra, sound in ((-content % record, True), (-content % record + 3 * 512 + (1 << 20), False)):
+        (tmp_path / "a.tar").write_bytes(raw.ljust(content + extra, b"\0"))
+        assert (scan_shard(tmp_path / "a.tar").problems == []) is sound
+
+
+def test_a_tail_of_zeros_is_damage_also_where_it_is_short(tmp_path: Path):
+    whole = Path(write_tar(tmp_path / "whole.tar", pairs(0, 200)))
+    raw = whole.read_bytes()
+    (tmp_path / "a.tar").write_bytes(raw[: 20 * 2560] + bytes(len(raw) - 20 * 2560))
+    [(byte, what)] = scan_shard(tmp_path / "a.tar").problems
+    assert byte == 20 * 2560 and "zero bytes from here on" in what
 
 
 def test_a_shard_cut_anywhere_is_a_problem_and_never_a_wrong_sample(tmp_path: Path):
@@ -141,12 +237,22 @@ def broken(kind: str, raw: bytes) -> tuple[bytes, int, str]:
             return b"", 0, "empty"
         case "damaged header":
             return raw[: header + 100] + b"\xff" * 50 + raw[header + 150 :], header, "damaged header"
+        case "damaged first header":
+            return b"X" + raw[1:], 0, "damaged header"
         case "stray zero block":
             return raw[:header] + b"\0" * 512 + raw[header:], header + 512, "more data"
         case "appended archive":
             return raw + raw, len(raw), "more data"
         case "no end":
             return raw[:end], end, "no end-of-archive"
+        case "unfinished copy":
+            return (
+                raw[: header + 700] + bytes(2 << 20),
+                -(-(header + 512 + len(jpeg(1))) // 512) * 512,
+                "unfinished copy",
+            )
+        case "cut in the first member":
+            return raw[:700], 512, "'00000.jpg' should run to byte"
         case _:
             return raw[: header + 700], header + 512, "should run to byte"
 
@@ -156,9 +262,12 @@ KINDS = [
     "gzip",
     "empty file",
     "damaged header",
+    "damaged first header",
     "stray zero block",
     "appended archive",
     "no end",
+    "unfinished copy",
+    "cut in the first member",
     "cut",
 ]
 
@@ -186,7 +295,9 @@ def test_the_stored_index_is_used_until_size_or_mtime_changes(tmp_path: Path):
     write_index(shard)
     place = index_places(shard)[0]
     stored = json.loads(place.read_text())
-    place.write_text(json.dumps(stored | {"keys": ["x", "y", "z"]}))
+    del stored["sha256"]
+    changed = stored | {"keys": ["x", "y", "z"]}
+    place.write_text(json.dumps(changed | {"sha256": seal(changed)}))
     assert load_index(shard).keys == ["x", "y", "z"]
     os.utime(shard, ns=(0, stored["mtime_ns"] + 1))
     assert load_index(shard) == scan_shard(shard)
@@ -195,11 +306,26 @@ def test_the_stored_index_is_used_until_size_or_mtime_changes(tmp_path: Path):
     assert len(load_index(shard).keys) == 4
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 0}', '{"version": 1}'])
-def test_an_index_file_that_cannot_be_used_is_written_again(tmp_path: Path, text: str):
+SEALED = [json.dumps(row | {"sha256": seal(row)}).encode() for row in ({}, {"problems": 1}, {"problems": []})]
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"sha256": 1}', b"\xff", b"[" * 10**5, *SEALED]
+)
+def test_an_index_file_that_cannot_be_used_is_written_again(tmp_path: Path, raw: bytes):
     shard = write_tar(tmp_path / "a.tar", pairs(0, 3))
-    index_places(shard)[0].write_text(text)
+    index_places(shard)[0].write_bytes(raw)
     assert load_index(shard) == scan_shard(shard) == read_index(index_places(shard)[0])
+
+
+def test_an_index_file_with_one_changed_byte_is_written_again(tmp_path: Path):
+    shard = write_tar(tmp_path / "a.tar", pairs(0, 3))
+    expected, place = write_index(shard), index_places(shard)[0]
+    raw = place.read_bytes()
+    for byte in range(0, len(raw), 7):
+        place.write_bytes(raw[:byte] + bytes([raw[byte] ^ 1]) + raw[byte + 1 :])
+        assert read_index(place) is None
+    assert load_index(shard) == expected and place.read_bytes() == raw
 
 
 def test_where_the_shards_folder_cannot_be_written_the_index_lies_in_the_user_cache(
@@ -229,7 +355,7 @@ def test_a_shard_changed_after_indexing_is_not_read(tmp_path: Path):
     samples = index_shards([shard])
     write_tar(tmp_path / "a.tar", pairs(5, 3))
     os.utime(shard, ns=(0, 1))
-    with pytest.raises(ValueError, match="was changed after it was indexed"):
+    with pytest.raises(BadSample, match="shard_changed"):
         samples.read(0)
     assert index_shards([shard]).read(0)["txt"].startswith(b"picture 5\n")
 

@@ -2,15 +2,17 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,13 +20,16 @@ import torch
 from PIL import Image
 from shards import Members, jpeg, pairs, write_shards, write_tar
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+import clipft.data.loader as loader_module
 from clipft.data.augment import Augment, apply_augment
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples, index_shards
-from clipft.data.loader import Batch, eval_images, train_loader
-from clipft.data.order import left_out, permutation
+from clipft.data.loader import Batch, eval_images, lost_worker, naming_lost_workers, train_loader
+from clipft.data.order import Shuffle, left_out, permutation
 from clipft.data.pairs import Units, build_units
+from clipft.report import RunFailed
 
 STRONG = Augment(16, 0.9, 5.0, 0.5, "bicubic", "shortest", (0, 0, 0))
 PLAIN = replace(STRONG, crop_min=1.0, affine_degrees=0.0, flip_prob=0.0)
@@ -45,6 +50,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batches(samples: Samples | Units, **changes: Any) -> Iterator[Batch]:
+    return iter(loader_of(samples, **changes))
+
+
+def loader_of(samples: Samples | Units, **changes: Any) -> DataLoader[Batch]:
     units = samples if isinstance(samples, Units) else build_units(samples, "one")
     options: dict[str, Any] = {
         "augment": STRONG,
@@ -52,6 +61,7 @@ def batches(samples: Samples | Units, **changes: Any) -> Iterator[Batch]:
         "max_pixels": 10_000,
         "positives": "caption",
         "group": None,
+        "text_errors": "strict",
         "seed": 3,
         "batch_size": 7,
         "num_steps": 8,
@@ -61,7 +71,9 @@ def batches(samples: Samples | Units, **changes: Any) -> Iterator[Batch]:
         "workers": 0,
         "pin": False,
     }
-    return iter(train_loader(units, **options | changes))
+    options |= changes
+    options["order"] = Shuffle(options["seed"], len(units), options.pop("batch_size"))
+    return train_loader(units, **options)
 
 
 def joined(parts: list[Batch]) -> tuple:
@@ -101,13 +113,17 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return index_shards([write_tar(folder / name, members) for name, members in shards])
 
 
+def named(batch: Batch) -> dict[str, str]:
+    """Reasons by key; where keys are unique."""
+    return {batch.keys[row]: reason for row, reason in batch.bad.items()}
+
+
 def split_up(batch: Batch, rows: int) -> Batch:
     """The batch put together again from its micro-batches."""
     pieces = batch.split(rows)
     tensors = {name: torch.cat([getattr(p, name) for p in pieces]) for name in ("pixels", "tokens", "valid", "ids")}
-    dropped = sum((Counter(piece.dropped) for piece in pieces), Counter())
-    bad = {key: reason for piece in pieces for key, reason in piece.bad.items()}
-    return Batch(**tensors, keys=[key for piece in pieces for key in piece.keys], dropped=dropped, bad=bad)
+    bad = {n * rows + row: reason for n, piece in enumerate(pieces) for row, reason in piece.bad.items()}
+    return Batch(**tensors, keys=[key for piece in pieces for key in piece.keys], bad=bad)
 
 
 @pytest.mark.process
@@ -123,8 +139,7 @@ def test_ranks_workers_and_micro_batches_do_not_change_the_global_batches(uneven
             for whole, parts in zip(expected, zip(*ranks, strict=True), strict=True):
                 parts = [split_up(part, 1 + workers) for part in parts]
                 assert joined(list(parts)) == joined([whole])
-                assert {key: why for part in parts for key, why in part.bad.items()} == whole.bad
-                assert sum((Counter(part.dropped) for part in parts), Counter()) == whole.dropped
+                assert {key: why for part in parts for key, why in named(part).items()} == named(whole)
 
 
 @pytest.mark.parametrize("case", range(36))
@@ -157,8 +172,8 @@ def test_what_is_indexed_is_what_was_used_dropped_and_left_out(uneven: Samples, 
         used, dropped = Counter(), Counter()
         for part in (part for step in parts[epoch * per_epoch : (epoch + 1) * per_epoch] for part in step):
             used.update(key for key, valid in zip(part.keys, part.valid.tolist(), strict=True) if valid)
-            dropped.update(list(part.bad))
-            assert sum(part.dropped.values()) == len(part.bad) == int((~part.valid).sum())
+            dropped.update(list(named(part)))
+            assert len(part.bad) == int((~part.valid).sum())
         remainder = Counter(units.key(u) for u in left_out(3, epoch, len(units), size).tolist())
         assert used + dropped + remainder == indexed and set(indexed.values()) == {1}
         assert {key[2:7] for key in dropped} <= UNUSABLE and not {key[2:7] for key in used} & UNUSABLE
@@ -179,8 +194,9 @@ def test_the_loader_is_as_long_as_the_whole_run_wherever_it_starts(samples: Samp
         "max_pixels": 1,
         "positives": "pair",
         "group": None,
+        "text_errors": "strict",
         "seed": 0,
-        "batch_size": 2,
+        "order": Shuffle(0, len(samples), 2),
         "rank": 0,
         "world": 1,
         "pin": False,
@@ -242,7 +258,7 @@ def test_in_an_epoch_of_pairs_each_caption_comes_once_with_its_image_and_an_augm
 def test_a_caption_that_is_not_there_any_more_is_a_bad_sample(samples: Samples):
     units = Units(samples, 3 * np.arange(1, len(samples) + 1))
     batch = next(batches(units, batch_size=len(units), num_steps=1))
-    assert batch.bad == {f"{samples.key(i)}#2": "no_caption" for i in range(len(samples))}
+    assert named(batch) == {f"{samples.key(i)}#2": "no_caption" for i in range(len(samples))}
 
 
 GROUPS: list[dict[str, Any]] = [
@@ -324,10 +340,9 @@ def damaged(tmp_path: Path) -> Samples:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unusable_sample_keeps_its_row_and_is_named_with_the_reason(damaged: Samples, workers: int):
     for batch in batches(damaged, batch_size=6, num_steps=3, workers=workers):
-        assert sorted(batch.bad) == ["a/cut", "a/empty", "a/large"]
-        assert batch.bad["a/empty"] == "no_caption" and batch.bad["a/large"] == "too_large"
-        assert batch.dropped == Counter(batch.bad.values())
-        assert batch.valid.tolist() == [key not in batch.bad for key in batch.keys]
+        assert sorted(named(batch)) == ["a/cut", "a/empty", "a/large"]
+        assert named(batch)["a/empty"] == "no_caption" and named(batch)["a/large"] == "too_large"
+        assert batch.valid.tolist() == [row not in batch.bad for row in range(6)]
         assert not batch.pixels[~batch.valid].any() and batch.pixels[batch.valid].any()
         assert (batch.ids[batch.valid] >= 0).all() and (batch.ids[~batch.valid] < 0).all()
         assert len(set(batch.ids.tolist())) == 6
@@ -349,7 +364,28 @@ def test_the_pieces_of_a_batch_are_its_rows_and_its_counts(damaged: Samples):
     pieces = batch.split(4)
     assert [len(piece) for piece in pieces] == [4, 2]
     assert joined(pieces) == joined([batch])
-    assert sum((Counter(piece.dropped) for piece in pieces), Counter()) == Counter(batch.dropped)
+    assert [sorted(piece.bad) for piece in pieces] == [(~piece.valid).nonzero().flatten().tolist() for piece in pieces]
+
+
+def test_samples_of_one_key_in_shards_of_one_name_are_counted_apart(tmp_path: Path):
+    members = [("0.jpg", jpeg(0)), ("0.txt", b"one")]
+    shards = [
+        write_tar(tmp_path / f"{n}/a.tar", members if n % 2 else [*members[:1], ("0.txt", b"")]) for n in range(6)
+    ]
+    batch = next(batches(index_shards(shards), batch_size=6))
+    assert set(batch.keys) == {"a/0"} and list(batch.bad.values()) == ["no_caption"] * 3
+    for piece in batch.split(1):
+        assert len(piece.bad) == (0 if piece.valid.item() else 1)
+
+
+def test_captions_that_are_not_utf8_are_dropped_unless_they_are_to_be_repaired(tmp_path: Path):
+    row = json.dumps({"caption": "MM", "product": "MM"}).encode().replace(b"MM", "Mädchen".encode("latin-1"))
+    members = [("0.jpg", jpeg(0)), ("0.txt", "Mädchen".encode("latin-1")), ("1.jpg", jpeg(1)), ("1.json", row)]
+    samples = index_shards([write_tar(tmp_path / "a.tar", members)])
+    options = {"batch_size": 2, "num_steps": 1, "positives": "group", "group": "product"}
+    assert list(next(batches(samples, **options)).bad.values()) == ["bad_utf8"] * 2
+    repaired = next(batches(samples, text_errors="replace", **options))
+    assert repaired.valid.all() and {text_of(tokens) for tokens in repaired.tokens} == {"M\ufffddchen"}
 
 
 def test_on_a_device_a_batch_has_the_same_rows(damaged: Samples):
@@ -379,11 +415,67 @@ def test_workers_outlive_a_stop_signal_to_all_and_end_when_their_parent_says_so(
         assert worker.exitcode == 0
 
 
-def test_an_error_that_is_no_bad_sample_is_raised_from_a_worker(tmp_path: Path):
-    samples = index_shards(write_shards(tmp_path, 6))
+def kill_at(number: int, how: signal.Signals) -> Callable[..., Any]:
+    """decode_rgb, but that the process dies over one picture, as a decoder that crashes or too little memory do."""
+    deadly = jpeg(number)
+
+    def decode(raw: bytes, max_pixels: int) -> Any:
+        if raw == deadly:
+            os.kill(os.getpid(), how)
+        return decode_rgb(raw, max_pixels)
+
+    return decode
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_is_reported_with_the_sample_that_it_read(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch, workers: int, how: signal.Signals
+):
+    monkeypatch.setattr(loader_module, "decode_rgb", kill_at(13, how))
+    began = time.monotonic()
+    for loader in (
+        loader_of(samples, workers=workers),
+        eval_images(samples, preprocess, 10_000, workers, [np.arange(8), np.arange(8, 16), np.arange(16, 20)]),
+    ):
+        with pytest.raises(RunFailed, match=r"died \(.+\) while it read 000/00013\."), naming_lost_workers(loader):
+            list(loader)
+    assert time.monotonic() - began < 60  # torch looks every 5 s; without its help the loader would wait for ever
+
+
+def test_a_worker_that_dies_between_samples_is_reported_without_one(samples: Samples):
+    loader = loader_of(samples, workers=2)
+    dataset = cast(Any, loader.dataset)
+    dataset.in_flight.slots[:] = torch.tensor([[11, 4], [22, -1]])
+    error = "DataLoader worker (pid(s) {}) exited unexpectedly"
+    assert "while it read no sample" in str(lost_worker(loader, RuntimeError(error.format("22"))))
+    assert f"while it read {samples.key(4)}." in str(lost_worker(loader, RuntimeError(error.format("22, 11"))))
+    assert lost_worker(loader, RuntimeError(error.format("33"))) is None, "a process of another loader"
+    for other in (RuntimeError("something else"), RunFailed("another cause")):
+        with pytest.raises(RuntimeError) as raised, naming_lost_workers(loader):
+            raise other
+        assert raised.value is other
+
+
+def test_samples_of_a_shard_that_changes_or_goes_away_are_dropped(tmp_path: Path):
+    samples = index_shards(write_shards(tmp_path, 6, 2, 4))
     os.utime(samples.shards[0], ns=(0, 1))
-    with pytest.raises(ValueError, match="was changed after it was indexed"):
-        next(batches(samples, batch_size=6, workers=1))
+    os.unlink(samples.shards[1])
+    batch = next(batches(samples, batch_size=12, workers=1))
+    assert Counter(batch.bad.values()) == {"shard_changed": 6, "read_error": 2}
+    assert {batch.keys[row].partition("/")[0] for row in range(12) if row not in batch.bad} == {"002"}
+
+
+def test_pictures_that_are_far_too_long_are_dropped_before_they_are_resized(tmp_path: Path):
+    raw = io.BytesIO()
+    Image.new("L", (1, 200_000)).save(raw, "PNG")
+    samples = index_shards([write_tar(tmp_path / "a.tar", [("0.png", raw.getvalue()), ("0.txt", b"a line")])])
+    for augment in (STRONG, PLAIN):
+        batch = next(batches(samples, batch_size=1, num_steps=1, max_pixels=1_000_000, augment=augment))
+        assert batch.bad == {0: "too_long"}
+    [(_, _, valid)] = eval_images(samples, preprocess, 1_000_000, 0, [np.arange(1)])
+    assert not valid.any()
 
 
 def test_batches_that_cannot_be_filled_raise_before_anything_is_read(samples: Samples):

@@ -9,7 +9,8 @@ from shards import pairs, write_shards, write_tar
 
 from clipft.config import DataConfig
 from clipft.data.index import Samples, index_shards, load_index
-from clipft.data.split import expand_shards, find_shards, hold_out, load_splits, write_manifest
+from clipft.data.manifest import write_manifest
+from clipft.data.split import expand_shards, find_shards, hold_out, load_splits
 
 
 def keys(samples: Samples | None) -> list[str]:
@@ -95,10 +96,26 @@ def test_a_missing_val_is_said_with_counts_and_what_was_left_out_too(tmp_path: P
     splits = load_splits(DataConfig(path=str(tmp_path), val_frac=0.25))
     assert splits.train is not None and splits.train.dropped == {"no_text": 1}
     assert splits.notes == [
-        "train: 1 samples left out (no_text)",
+        f"train: 1 sample left out (no_text, such as broken (byte {40 * 2560} of {tmp_path}/a.tar))",
         "no val given: 10 of 40 training samples held out by a hash of their keys (data.val_frac=0.25), "
         "30 left to train on",
     ]
+
+
+def test_a_split_of_which_too_much_is_incomplete_is_refused_with_an_example(tmp_path: Path):
+    write_tar(tmp_path / "a.tar", [*pairs(0, 40), ("x.jpg", b""), ("y.jpg", b""), ("z.txt", b"")])
+    expected = r"data\.train: 3 of 43 .* \(2 no_text, such as x \(byte .*; 1 no_image, such as z .*max_bad_frac=0\.05"
+    with pytest.raises(ValueError, match=expected):
+        load_splits(DataConfig(path=str(tmp_path)))
+    splits = load_splits(DataConfig(path=str(tmp_path), max_bad_frac=0.07))
+    assert splits.train is not None and splits.val is not None and len(splits.train) + len(splits.val) == 40
+
+
+def test_shards_without_any_sample_are_said(tmp_path: Path):
+    for n, members in enumerate([pairs(0, 20), [], pairs(20, 2), []]):
+        write_tar(tmp_path / f"{n}.tar", members)
+    notes = load_splits(DataConfig(path=str(tmp_path))).notes
+    assert notes[0] == f"train: 2 of 4 shards without any sample, such as {tmp_path}/1.tar"
 
 
 def test_a_holdout_that_leaves_nothing_raises(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from jobs import GONE_S, START, Fault, go
 from strikes import fail, run_out_of_memory, stall, to_itself
 
 from clipft import run
+from clipft.data import loader
 from clipft.data.loader import TrainSteps
 from clipft.launch import GRACE_S, STACK_S
 
@@ -60,6 +62,27 @@ def test_a_loader_that_fails_ends_the_job_with_its_error_last(make, calm, worker
     check(ended, 1, calm(*SPLIT))
 
 
+def crash_decoder(module, batch) -> None:
+    """The fourth picture that a loader process decodes ends it."""
+    decode, num_decoded = loader.decode_rgb, []
+
+    def crashing(raw, max_pixels):
+        num_decoded.append(0)
+        if len(num_decoded) == 4:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return decode(raw, max_pixels)
+
+    loader.decode_rgb = crashing
+
+
+@pytest.mark.parametrize("base", ["true", "false"])  # in the first measurement, and in training
+def test_a_loader_process_that_crashes_ends_the_job_with_the_sample_that_it_read(make, calm, base):
+    options = [*SPLIT, f"eval.base={base}"]
+    ended = go(make(f"crash-{base}", *options, "data.workers=2"), Fault(1, START, crash_decoder))
+    assert re.search(r"a loader process died \(.*\) while it read \w+-\d+/\d+", ended.last_line)
+    check(ended, 1, calm(*options))
+
+
 def kill_workers(module, batch) -> None:
     for child in open(f"/proc/self/task/{os.getpid()}/children").read().split():
         os.kill(int(child), signal.SIGKILL)
@@ -67,7 +90,7 @@ def kill_workers(module, batch) -> None:
 
 def test_loader_processes_that_are_killed_end_the_job_and_are_named(make, calm):
     ended = go(make("workers-killed", *SPLIT, "data.workers=2"), Fault(1, 4, kill_workers))
-    assert "DataLoader worker" in ended.stderr and "rank 1 of 2" in ended.stderr
+    assert "rank 1 of 2: error: a loader process died (" in ended.last_line
     check(ended, 1, calm(*SPLIT))
 
 

@@ -139,6 +139,8 @@ def test_metrics_are_those_of_features_computed_one_by_one(tmp_path, relevance, 
     expected |= zero_shot_metrics(image, prototypes, torch.tensor(labels))
     assert found.metrics == pytest.approx({f"toys/{name}": value for name, value in expected.items()}, abs=1e-12)
     assert found.gallery == {
+        "indexed": 5,
+        "used": 5,
         "images": 5,
         "captions": 8,
         "distinct_captions": 6,
@@ -162,8 +164,9 @@ def test_what_cannot_be_used_is_counted_by_reason_and_takes_no_part(tmp_path):
     mixed = [member for pair in zip(good, bad, strict=False) for member in pair] + good[len(bad) :]
     found = measured(write_shard(tmp_path / "mixed.tar", mixed))
     assert found.metrics == pytest.approx(clean.metrics, abs=1e-12)
-    dropped = found.gallery.pop("dropped")
-    assert clean.gallery == found.gallery | {"dropped": {}}
+    dropped, indexed = found.gallery.pop("dropped"), found.gallery.pop("indexed")
+    assert clean.gallery == found.gallery | {"indexed": len(good), "dropped": {}}
+    assert indexed == len(good) + len(bad)
     assert sum(dropped.values()) == len(bad)
     assert {"no_caption": 1, "bad_utf8": 1, "bad_label": 1, "no_image": 1}.items() <= dropped.items()
 
@@ -177,10 +180,10 @@ def test_images_over_max_pixels_are_dropped(tmp_path):
 def test_labels_without_captions_give_zero_shot_only_and_the_reverse(tmp_path):
     labelled = measured(write_shard(tmp_path / "a.tar", [row(i, None, i % 3) for i in range(6)]))
     assert {name.partition("_")[0] for name in labelled.metrics} == {"toys/zero"}
-    assert labelled.gallery == {"labelled_images": 6, "classes": 3, "dropped": {}}
+    assert labelled.gallery == {"indexed": 6, "used": 6, "labelled_images": 6, "classes": 3, "dropped": {}}
     paired = measured(write_shard(tmp_path / "b.tar", captioned(6)), classnames=None, templates=[])
     assert not any("zero_shot" in name for name in paired.metrics)
-    assert paired.gallery.keys() == {"images", "captions", "distinct_captions", "dropped"}
+    assert paired.gallery.keys() == {"indexed", "used", "dropped", "images", "captions", "distinct_captions"}
 
 
 def test_an_image_without_a_caption_is_not_in_the_retrieval_gallery(tmp_path):

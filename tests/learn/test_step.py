@@ -71,7 +71,7 @@ def make_batch(size: int = 2, tokens: Tensor | None = None) -> Batch:
         valid=valid,
         ids=torch.tensor([0, 1, 2, -4, 0, 5, 6, 1, -9, 0, 10]),
         keys=[str(i) for i in range(BATCH)],
-        dropped={},
+        bad={},
     )
 
 

@@ -1,0 +1,61 @@
+"""shards.json: the shards of a packed set by split, with their samples, bytes and checksums."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipft.files import replace_file
+
+MANIFEST = "shards.json"
+AGAIN = "Copy the folder again or pack it again (clipft data pack)."
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A shard as shards.json describes it; nothing says that it is there, or still the same."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+
+def listed_shards(folder: Path) -> dict[str, list[Listed]]:
+    """What shards.json of a packed folder lists, by split, also splits of other names than ours."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["version"] != 1:
+            raise ValueError(f"version {manifest['version']!r}, this clipft reads version 1")
+        return {
+            split: [Listed(folder / each["name"], each["bytes"], each["sha256"]) for each in entry["shards"]]
+            for split, entry in manifest["splits"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a list of shards ({error!r}). {AGAIN}") from error
+
+
+def write_manifest(folder: Path, name: str, shards: dict[str, list[Path]], num_samples: dict[str, int]) -> None:
+    """Write shards.json: the shards of each split in their order; `num_samples` is per shard file name."""
+    splits = {}
+    for split, paths in shards.items():
+        entries = [
+            {
+                "name": path.relative_to(folder).as_posix(),
+                "samples": num_samples[path.name],
+                "bytes": path.stat().st_size,
+                "sha256": sha256_of(path),
+            }
+            for path in paths
+        ]
+        splits[split] = {
+            "shards": entries,
+            "samples": sum(entry["samples"] for entry in entries),
+            "bytes": sum(entry["bytes"] for entry in entries),
+        }
+    replace_file(folder / MANIFEST, json.dumps({"version": 1, "name": name, "splits": splits}, indent=1) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,231 @@
+"""One full read of a data set: are these the bytes that were written, and what of them can be used?"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+
+from clipft.config import DataConfig, VerifyConfig
+from clipft.data.look import Looked, Rules, look_at
+from clipft.data.manifest import MANIFEST, Listed, listed_shards
+from clipft.data.split import CLASSNAMES, NORMAL, counted, find_shards, read_lines
+from clipft.report import RunFailed
+
+UNLISTED = "unlisted"  # row of the table for tars beside shards.json that it does not name
+FIRST_WORD_S, EVERY_S = 5, 30  # seconds until the first line of progress, and between the next ones
+
+
+@dataclass(frozen=True)
+class Report:
+    name: str
+    place: str
+    decode: bool
+    splits: dict[str, list[Looked]]
+    num_listed: int
+    """Shards whose sha256 stands in a shards.json."""
+
+
+def verify(config: VerifyConfig) -> Report:
+    """Reads every shard of the data set to its last byte."""
+    name, folder, splits = shards_of(config.data)
+    num_classes = len(read_lines(folder / CLASSNAMES) or [])
+    rules = Rules(config.decode, config.data.max_pixels, config.data.text_errors, num_classes)
+    listed = listed_beside([path for paths in splits.values() for path in paths])
+    found = look_at_all(list(dict.fromkeys(p for paths in splits.values() for p in paths)), rules, config.data.workers)
+    looked = {path: compared(each, listed.get(path)) for path, each in found.items()}
+    return Report(
+        name=name,
+        place=str(folder),
+        decode=config.decode,
+        splits={split: [looked[path] for path in paths] for split, paths in splits.items()},
+        num_listed=len(listed),
+    )
+
+
+def shards_of(config: DataConfig) -> tuple[str, Path, dict[str, list[str]]]:
+    """Name, folder and shards by split; of a packed folder all that shards.json lists, there or not, and all others."""
+    folder = Path(config.path).expanduser() if config.path else None
+    listed = listed_shards(folder) if folder is not None and (folder / MANIFEST).is_file() else {}
+    if folder is None or not any(listed.values()):
+        found = find_shards(config)
+        return found.name, found.folder, {split: paths for split, paths in found.shards.items() if paths}
+    shards = {split: [str(each.path) for each in entries] for split, entries in listed.items()}
+    known = {path for paths in shards.values() for path in paths}
+    others = sorted({str(path) for path in folder.glob("*.tar")} - known)
+    given = find_shards(replace(config, path=None)).shards if config.train or config.val or config.test else {}
+    shards |= ({UNLISTED: others} if others else {}) | {split: paths for split, paths in given.items() if paths}
+    return config.name or folder.resolve().name, folder, shards
+
+
+def listed_beside(paths: list[str]) -> dict[str, Listed]:
+    """What the shards.json of each shard's folder, or of the one above it, says about the shard."""
+    folders = {folder for path in paths for folder in list(Path(path).parents)[:2] if (folder / MANIFEST).is_file()}
+    known = {}
+    for folder in folders:
+        known |= {str(each.path): each for entries in listed_shards(folder).values() for each in entries}
+    return {path: known[path] for path in paths if path in known}
+
+
+def compared(looked: Looked, listed: Listed | None) -> Looked:
+    """The shard with what differs from shards.json among its problems."""
+    if listed is None or looked.sha256 is None or looked.sha256 == listed.sha256:
+        return looked
+    size = f": it has {looked.num_bytes} bytes, {listed.bytes} were written" if looked.num_bytes != listed.bytes else ""
+    return replace(looked, problems=[f"its sha256 is not the one in {MANIFEST}{size}", *looked.problems])
+
+
+def look_at_all(paths: list[str], rules: Rules, workers: int | None) -> dict[str, Looked]:
+    """What each shard holds, read by several processes (0: by this one), with progress on stderr."""
+    workers = min(os.cpu_count() or 1 if workers is None else workers, len(paths))
+    progress = Progress(len(paths))
+    if workers <= 1:
+        return {path: progress.add(look_at(path, rules)) for path in paths}
+    # Not by fork: it is not safe in a process with threads.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
+    with pool:
+        try:
+            futures = [pool.submit(look_at, path, rules) for path in paths]
+            for future in finished(futures, progress):
+                progress.add(future.result())
+            return {path: future.result() for path, future in zip(paths, futures, strict=True)}
+        except BrokenProcessPool as error:
+            raise RunFailed(
+                "a process that read shards died; memory may have run out. Use fewer of them: data.workers=1"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def finished(futures: list[Future[Looked]], progress: "Progress") -> Iterator[Future[Looked]]:
+    """The futures as they get done; progress is also told while none does."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+        progress.tell()
+        yield from done
+
+
+class Progress:
+    """Says on stderr how far the reading is, when it takes longer than a few seconds."""
+
+    def __init__(self, num_shards: int):
+        self.num_shards, self.num_done, self.num_bytes = num_shards, 0, 0
+        self.start = time.monotonic()
+        self.next = self.start + FIRST_WORD_S
+
+    def add(self, looked: Looked) -> Looked:
+        self.num_done, self.num_bytes = self.num_done + 1, self.num_bytes + looked.num_bytes
+        self.tell()
+        return looked
+
+    def tell(self) -> None:
+        now = time.monotonic()
+        if now < self.next or self.num_done == self.num_shards:
+            return
+        self.next = now + EVERY_S
+        done = f"{self.num_done} of {self.num_shards} shards, {megabytes(self.num_bytes)}"
+        print(f"{done} read after {now - self.start:.0f} s", file=sys.stderr, flush=True)
+
+
+def start_worker() -> None:
+    """Lets a worker end without a word on Ctrl-C, and when the command that started it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def describe(report: Report) -> str:
+    """What was read and compared, a table with a line per split, what was left out, and whether all is sound."""
+    everything = all_shards(report)
+    size = f"{counted(len(everything), 'shard')}, {megabytes(sum(each.num_bytes for each in everything))}"
+    lines = [f"{report.name} ({report.place}): {size}", said_of_checksums(report)]
+    if not report.decode:
+        lines.append("Images and captions were not looked at (decode=false).")
+    splits = {**report.splits, **({"total": everything} if len(report.splits) > 1 else {})}
+    columns = ("shards", "indexed", "fine", "dropped", *(("captioned", "labelled") if report.decode else ()))
+    lines.append(table_row("split", columns))
+    for split, shards in splits.items():
+        sums = summed(shards)
+        lines.append(table_row(split, [f"{sums[column]:,}" for column in columns]))
+    for split, shards in report.splits.items():
+        lines += losses(split, shards)
+    if not any(each.problems for each in everything):
+        lines.append("No damage found." if report.num_listed < len(everything) else "All of it is as it was written.")
+    return "\n".join(lines)
+
+
+def said_of_checksums(report: Report) -> str:
+    num_shards = len(all_shards(report))
+    if report.num_listed == num_shards:
+        return f"The sha256 of every shard was compared with {MANIFEST}."
+    if report.num_listed:
+        return f"The sha256 of {report.num_listed} shards was compared with {MANIFEST}; it does not list the others."
+    what = "headers, images and captions" if report.decode else "headers"
+    return f"There is no {MANIFEST}, so no checksum to compare: {what} were checked, and other changes go unseen."
+
+
+def all_shards(report: Report) -> list[Looked]:
+    """Each shard once, also one that belongs to two splits."""
+    return list({each.path: each for shards in report.splits.values() for each in shards}.values())
+
+
+def summed(shards: list[Looked]) -> dict[str, int]:
+    """The sums of the table's columns."""
+    sums = {name: sum(getattr(each, name) for each in shards) for name in ("indexed", "fine", "captioned", "labelled")}
+    return {"shards": len(shards), **sums, "dropped": sum(sum(each.dropped.values()) for each in shards)}
+
+
+def losses(split: str, shards: list[Looked]) -> list[str]:
+    """A line for each reason for which samples were dropped or members ignored, and for shards without any sample."""
+    dropped, ignored = Counter[str](), Counter[str]()
+    examples: dict[str, str] = {}
+    for each in shards:
+        dropped.update(each.dropped)
+        ignored.update({reason: count for reason, count in each.ignored.items() if reason not in NORMAL})
+        examples = each.examples | examples
+    lines = [f"{split}: {count:,} dropped, {reason}, such as {examples[reason]}" for reason, count in dropped.items()]
+    lines += [f"{split}: {counted(count, 'member')} without a sample ({reason})" for reason, count in ignored.items()]
+    empty = [each.path for each in shards if not each.indexed and not each.problems]
+    return lines + (
+        [f"{split}: {counted(len(empty), 'shard')} without any sample, such as {empty[0]}"] if empty else []
+    )
+
+
+def refuse(report: Report, max_bad_frac: float) -> None:
+    """Raises when a shard is not what was written, or when training would stop over what cannot be used."""
+    everything = all_shards(report)
+    damaged = [f"{each.path}: {'; '.join(each.problems)}" for each in everything if each.problems]
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} of {counted(len(everything), 'shard')} cannot be trusted:\n"
+            + "\n".join(damaged)
+            + "\nCopy them again from where they are whole, or pack the set again (clipft data pack)."
+        )
+    sums = summed(everything)
+    if not sums["fine"] or sums["dropped"] > max_bad_frac * sums["indexed"]:
+        raise ValueError(
+            f"{sums['dropped']} of {sums['indexed']} samples cannot be used, more than "
+            f"data.max_bad_frac={max_bad_frac}: training would stop. Repair the data, or raise the limit."
+        )
+
+
+def table_row(split: str, cells: Iterable[str]) -> str:
+    return f"{split:<10} " + " ".join(f"{cell:>10}" for cell in cells)
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
