@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import make_config, make_data, make_model, outcome, train_here
 
-from clipft import ranks, run
+from clipft import fit, ranks
 from clipft.arguments import options_of
 from clipft.cli import main
 from clipft.config import (
@@ -211,13 +211,13 @@ def test_limits_on_samples_reach_the_run(root):
 @pytest.mark.process
 def test_loader_processes_are_as_many_as_asked_for(root, monkeypatch):
     asked = []
-    build = run.train_loader
+    build = fit.train_loader
 
     def watched(samples, **options):
         asked.append(options["workers"])
         return build(samples, **options)
 
-    monkeypatch.setattr(run, "train_loader", watched)
+    monkeypatch.setattr(fit, "train_loader", watched)
     for number in (0, 1):
         train_here(make_config(root, f"data.workers={number}", "train.max_steps=1", f"name=workers-{number}"))
     assert asked == [0, 1]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from shards import jpeg, pairs, write_tar
 from small import RESNET_CFG, make_config, make_data, make_model, outcome, train_here
 
-from clipft import run
+from clipft import fit, run
 from clipft.config import Config, ExportConfig
 from clipft.learn.after_step import AfterStep
 from clipft.learn.checkpoint import saved_step
@@ -350,12 +350,12 @@ def test_a_step_sends_three_gathers_one_reduction_and_ddps_buckets(root, tmp_pat
 
 def test_lightning_still_has_the_broadcast_that_is_switched_off(monkeypatch):
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    assert run.STOP_BROADCAST in inspect.getsource(type(trainer.fit_loop.epoch_loop).advance)
-    run.switch_off_stop_broadcast(trainer)
-    assert getattr(trainer.fit_loop.epoch_loop, run.STOP_BROADCAST)() is None
+    assert fit.STOP_BROADCAST in inspect.getsource(type(trainer.fit_loop.epoch_loop).advance)
+    fit.switch_off_stop_broadcast(trainer)
+    assert getattr(trainer.fit_loop.epoch_loop, fit.STOP_BROADCAST)() is None
     monkeypatch.setattr(trainer.fit_loop, "epoch_loop", object())
     with pytest.raises(RuntimeError, match="this pytorch-lightning has no _broadcast_sigterm_tensor"):
-        run.switch_off_stop_broadcast(trainer)
+        fit.switch_off_stop_broadcast(trainer)
 
 
 def test_more_steps_may_be_added_to_a_finished_run(root):
