@@ -36,3 +36,14 @@ def named_data(name: str) -> DataConfig:
 def data_folder(name: str) -> Path:
     """Where data=NAME lies when it is no YAML file: the path itself, else the folder data/NAME."""
     return Path(name) if Path(name).is_dir() else Path("data") / name
+
+
+def default_tag(architecture: str) -> str | None:
+    """The weights that conf/model/ARCHITECTURE.yaml names; ValueError where there is no such file."""
+    for folder in conf_dirs():
+        file = folder / "model" / f"{architecture}.yaml"
+        if file.is_file():
+            return OmegaConf.load(file).pretrained
+    raise ValueError(
+        f"{architecture} has no default weights. Give pretrained=TAG, or pretrained=None for random weights."
+    )

@@ -7,8 +7,21 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "clipft"
 # Imports point from a later place to an earlier one, or stay within one.
-ORDER = ["config", "conf_files", "files", "report", "data", "model", "learn", "judge", "ship", "rundir", "ranks"]
-ORDER += ["plan", "capacity", "measure", "fit", "run", "rank", "launch", "arguments", "cli"]
+ORDER = ["config", "conf_files", "files", "report", "data", "model", "learn", "judge", "ship", "guide", "encoder"]
+ORDER += [
+    "examples",
+    "rundir",
+    "ranks",
+    "plan",
+    "capacity",
+    "measure",
+    "fit",
+    "run",
+    "rank",
+    "launch",
+    "arguments",
+    "cli",
+]
 PURE = {
     "learn/losses.py",
     "learn/schedule.py",

@@ -101,8 +101,13 @@ def decode_pillow(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
             raise BadSample("image_truncated" if truncated else "image_damaged") from error
         if image.format == "PNG":
             scale_transparent_colour(image, raw[PNG_DEPTH])
-        # After load: Pillow turns TIFFs by itself there, and PNGs may keep EXIF behind the pixels.
-        return upright(to_rgb(image), orientation_of(image))
+        return picture_of(image)
+
+
+def picture_of(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Pixels of an opened image of any mode as decode_rgb gives them; OSError where its file is damaged."""
+    image.load()  # before the orientation: Pillow turns TIFFs by itself there, and PNGs may keep EXIF behind the pixels
+    return upright(to_rgb(image), orientation_of(image))
 
 
 def open_image(file: BytesIO | BufferedReader) -> Image.Image:

@@ -51,10 +51,15 @@ def text_tower(model: OpenClip) -> Any:
     return getattr(model, "text", model)
 
 
+def text_pool(model: OpenClip) -> str:
+    """open_clip's name for how the text feature is taken from the tower's outputs."""
+    tower = text_tower(model)
+    return tower.text_pool_type if tower is model else tower.pool_type
+
+
 def pooled_index(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor, " b"]:
     """The position whose output becomes the text feature, as open_clip's text_global_pool picks it."""
-    tower = text_tower(model)
-    pool = tower.text_pool_type if tower is model else tower.pool_type
+    tower, pool = text_tower(model), text_pool(model)
     if pool == "first":
         return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     if pool == "eos":
@@ -84,6 +89,19 @@ def encode_short(model: OpenClip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor,
     return x if tower.text_projection is None else x @ tower.text_projection
 
 
+def token_states(model: OpenClip, tokens: Int64[Tensor, "b L"], pad: str) -> Float[Tensor, "b L width"]:
+    """Outputs of a causal tower at all positions, after its final norm; `pad` (zero or eot) stands behind the texts."""
+    if not has_causal_tower(model) or text_pool(model) == "first":
+        raise ValueError("This model's text tower is not causal or has no end token: it has no CLIP token embeddings.")
+    tower = text_tower(model)
+    end = pooled_index(model, tokens)[:, None]
+    filler = tokens.gather(1, end) if pad == "eot" else 0
+    tokens = torch.where(torch.arange(tokens.shape[1], device=tokens.device) > end, filler, tokens)
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding.to(dtype)
+    return tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
+
+
 def has_causal_tower(model: OpenClip) -> bool:
     """Whether the text tower is built so that nothing after the pooled position can matter."""
     from open_clip import CLIP
@@ -92,9 +110,8 @@ def has_causal_tower(model: OpenClip) -> bool:
     tower = text_tower(model)
     if not isinstance(tower, CLIP | TextTransformer):
         return False
-    pool = tower.text_pool_type if isinstance(tower, CLIP) else tower.pool_type
     appended = getattr(tower, "cls_emb", None) is not None or getattr(tower, "output_tokens", False)
-    return pool in POOLED_BY_TOKEN and tower.attn_mask is not None and not appended
+    return text_pool(model) in POOLED_BY_TOKEN and tower.attn_mask is not None and not appended
 
 
 @torch.no_grad()
