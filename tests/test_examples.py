@@ -18,7 +18,8 @@ def test_the_guiding_example_writes_a_picture_that_comes_nearer_to_the_text(
     guide.main()
     cosines = [float(value) for value in re.findall(r"cosine of the whole picture (\S+)", capsys.readouterr().out)]
     assert len(cosines) == 11 and cosines[-1] > cosines[0] + 0.1
-    assert Image.open(out).size == (20, 20)
+    with Image.open(out) as image:
+        assert image.size == (20, 20)
 
 
 def test_the_guiding_example_starts_from_a_given_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -28,5 +29,6 @@ def test_the_guiding_example_starts_from_a_given_picture(tmp_path: Path, monkeyp
     arguments = [str(model), "a dog", "--image", str(start), "--side", "24", "--steps", "0", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["guide", *arguments])
     guide.main()
-    difference = np.abs(np.asarray(Image.open(out)).astype(int) - pixels)
+    with Image.open(out) as image:
+        difference = np.abs(np.asarray(image).astype(int) - pixels)
     assert 0 < difference.mean() < 20  # the noise that the steps would change
