@@ -15,7 +15,7 @@ from clipft.model.names import closest, kind_of
 
 DATA_TEXT = tuple(f"data.{field}" for field in ("name", "path", "train", "val", "test"))
 FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", *DATA_TEXT)
-GROUPS = ("model", "data", "experiment")
+GROUPS = ("model", "data", "tune", "experiment")
 HYDRA_FLAGS = (
     "--cfg",
     "-c",
@@ -75,6 +75,7 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
     multirun = "-m" in arguments or "--multirun" in arguments
     overrides: list[str] = []
     seen: dict[str, str] = {}
+    first = 0  # place of the first that is no flag: argparse takes them in one piece
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith(("-", "hydra.", "hydra/")) or before in HYDRA_FLAGS:
             overrides.append(argument)
@@ -83,10 +84,11 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
         check_key(argument, key, bool(equals), keys, groups)
         if key in seen:
             raise ValueError(repeated(key, seen[key], value))
+        first = first if seen else len(overrides)
         seen[key] = value
         overrides += rewrite(key, value, sweeps=multirun and "," in value)
-    if schema is config_module.Config and not any(group in seen for group in GROUPS) and "data.path" not in seen:
-        overrides += ["experiment=toy"] if "data.train" not in seen else []
+    if schema is config_module.Config and not seen.keys() & {"model", "data", "experiment", "data.path", "data.train"}:
+        overrides.insert(first + 1 if seen else len(overrides), "experiment=toy")
     return overrides
 
 
@@ -123,7 +125,7 @@ def rewrite(key: str, value: str, sweeps: bool) -> list[str]:
         return model_overrides(value)
     if key == "data":
         return data_overrides(value)
-    if key == "experiment":
+    if key in ("tune", "experiment"):
         check_name(key, value, yaml_names(key))
     if key in FREE_TEXT:
         return [f"{key}={quoted(value)}"]

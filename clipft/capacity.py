@@ -14,7 +14,7 @@ from clipft.data.order import largest_share
 from clipft.files import replace_file
 from clipft.learn.memory import is_out_of_memory, largest_that_fits
 from clipft.learn.module import train_mode
-from clipft.learn.step import Encode
+from clipft.learn.step import Towers
 from clipft.model.load import Clip
 from clipft.ranks import Ranks
 from clipft.report import RunFailed
@@ -24,12 +24,12 @@ FLOAT_BYTES = 4
 BALLAST = 0.1  # of a GPU's memory, kept free in a trial: DDP's buckets, gathered features, the loss, fragments
 
 
-def choose_micro_batch(config: Config, folder: Path, ranks: Ranks, clip: Clip, encode: Encode) -> int:
+def choose_micro_batch(config: Config, folder: Path, ranks: Ranks, clip: Clip, towers: Towers) -> int:
     """Pairs at a time, the same on all ranks; what was tried is kept in the run's folder for the next start."""
     share = largest_share(config.train.batch_size, ranks.world)
     if config.train.micro_batch is not None:
         return min(config.train.micro_batch, share)
-    found = torch.tensor(remembered(folder, place(config, ranks)) or tried(share, ranks, clip, encode))
+    found = torch.tensor(remembered(folder, place(config, ranks)) or tried(share, ranks, clip, towers))
     if ranks.world > 1:
         found = found.to(ranks.device)
         dist.all_reduce(found, dist.ReduceOp.MIN)
@@ -66,7 +66,7 @@ def remember(folder: Path, here: dict[str, Any], pairs: int) -> None:
     replace_file(folder / REMEMBERED, json.dumps({"micro_batch": pairs, "conditions": here}, indent=1) + "\n")
 
 
-def tried(share: int, ranks: Ranks, clip: Clip, encode: Encode) -> int:
+def tried(share: int, ranks: Ranks, clip: Clip, towers: Towers) -> int:
     """The most pairs that fit beside weights, gradients and AdamW's moments."""
     trainable = sum(parameter.nbytes for parameter in clip.model.parameters() if parameter.requires_grad)
     reserve = 0
@@ -75,9 +75,12 @@ def tried(share: int, ranks: Ranks, clip: Clip, encode: Encode) -> int:
     ballast = torch.empty(reserve, dtype=torch.uint8, device=ranks.device)
 
     def try_pairs(pairs: int) -> None:
+        batch = full_length_batch(clip, pairs).to(ranks.device)
         with ranks.autocast():
-            image, text = encode(full_length_batch(clip, pairs).to(ranks.device))
-        (image.sum() + text.sum()).backward()
+            total = sum(tower.features(batch, graph=True).sum() for tower in (towers.image, towers.text))
+        assert isinstance(total, torch.Tensor)
+        if total.requires_grad:
+            total.backward()
         clip.model.zero_grad(set_to_none=True)
 
     was_training = clip.model.training

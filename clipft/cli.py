@@ -77,7 +77,10 @@ def help_text(name: str | None) -> str:
     options = list(options_of(command.schema))
     width = max(len(option.key) for option in options)
     lines = [f"  {option.key:<{width}}  {option.doc} ({option.type}, {option.default})" for option in options]
-    groups = f"Groups: data={'|'.join(yaml_names('data'))}|FOLDER  experiment={'|'.join(yaml_names('experiment'))}"
+    groups = "Groups: " + "  ".join(
+        f"{group}={'|'.join(yaml_names(group))}{'|FOLDER' if group == 'data' else ''}"
+        for group in ("data", "tune", "experiment")
+    )
     return f"{text}\n{groups}\nOptions of clipft {name or 'train'}, written key=value (type, default)\n" + "\n".join(
         lines
     )

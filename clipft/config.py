@@ -77,6 +77,24 @@ def as_sources(key: str, value: Any) -> list[Any]:
     return sources
 
 
+def as_rules(key: str, value: Any) -> list[dict[str, Any]]:
+    """A list of {match: GLOB, lr_mult: NUMBER}, with lr_mult 1 where it is not given."""
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            f'{key}={value!r} must be a list of rules, such as [{{match: image, lr_mult: 0}}, {{match: "*"}}].'
+        )
+    rules = []
+    for number, rule in enumerate(value, 1):
+        known = isinstance(rule, Mapping) and not rule.keys() - {"match", "lr_mult"}
+        if not known or not isinstance(rule.get("match"), str) or not rule["match"]:
+            raise ValueError(f"{key}: rule {number}, {rule!r}, must be {{match: GLOB, lr_mult: NUMBER}}.")
+        factor = rule.get("lr_mult", 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise ValueError(f"{key}: rule {number}: lr_mult={factor!r} must be a number, 0 (frozen) or more.")
+        rules.append({"match": rule["match"], "lr_mult": float(factor)})
+    return rules
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     name: str
@@ -150,6 +168,38 @@ class DataConfig:
             raise ValueError(f"data.window_shards={self.window_shards} would be ignored: it belongs to data.lanes.")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers={self.workers} must be 0 (load in the training process) or more.")
+
+
+@dataclass(kw_only=True)
+class LayerDecayConfig:
+    image: float | None = None
+    """Factor of the rate for each layer further from the head of the image tower (0.75: embed lowest); null: none."""
+    text: float | None = None
+    """The same for the text tower; multiplies what the rules say."""
+
+    def __post_init__(self):
+        for tower, decay in (("image", self.image), ("text", self.text)):
+            if decay is not None and not 0 < decay < 1:
+                raise ValueError(f"tune.layer_decay.{tower}={decay} must be greater than 0 and less than 1.")
+
+
+@dataclass(kw_only=True)
+class TuneConfig:
+    rules: Any = field(default_factory=lambda: [{"match": "*", "lr_mult": 1.0}])
+    """What is trained, as [{match: GLOB, lr_mult: FACTOR OF THE RATE}, ...]: the first match decides, 0 freezes. A glob
+    names parameters (visual.conv1.*) or groups: image, text.embed, image.blocks.-1, text.last_blocks, image.head."""
+    blocks: int | None = None
+    """How many blocks at the end of each tower the rules call last_blocks (tune=last_blocks: 1)."""
+    layer_decay: LayerDecayConfig = field(default_factory=LayerDecayConfig)
+
+    def __post_init__(self):
+        self.rules = as_rules("tune.rules", self.rules)
+        positive(tune__blocks=self.blocks)
+        named = [rule["match"] for rule in self.rules if "last_blocks" in rule["match"]]
+        if self.blocks is not None and not named:
+            raise ValueError(f"tune.blocks={self.blocks} would be ignored: no rule of tune.rules says last_blocks.")
+        if self.blocks is None and named:
+            raise ValueError(f"tune.rules: {named[0]!r} needs tune.blocks=N, the number of the last blocks.")
 
 
 @dataclass(kw_only=True)
@@ -308,6 +358,7 @@ class Config:
     """none, wandb or tensorboard, beside metrics.csv and results.json."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

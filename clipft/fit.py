@@ -30,9 +30,11 @@ from clipft.learn.metrics_file import MetricsFile
 from clipft.learn.module import ContrastiveModule, Plan
 from clipft.learn.saver import Saver
 from clipft.learn.skips import Skips
+from clipft.learn.step import Tower, Towers
 from clipft.learn.stop import StopRequest
 from clipft.measure import Measure
 from clipft.model.encode import encode_image, encode_text, to_float, trim_tokens
+from clipft.model.groups import is_frozen
 from clipft.model.load import Clip
 from clipft.plan import Steps
 from clipft.ranks import Ranks, meet
@@ -53,6 +55,8 @@ class Job:
     steps: Steps
     measure: Measure
     augment: Augment
+    multipliers: dict[str, float]
+    """Of the learning rate, by parameter."""
     micro_batch: int
     meta: dict[str, Any]
 
@@ -89,7 +93,7 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
         lag=host_lag(ranks),
     )
     loss = build_loss(config.loss.name, config.loss.duplicates)
-    module = ContrastiveModule(clip.model, encoder(clip), loss, config.optim, build_plan(job))
+    module = ContrastiveModule(clip.model, towers_of(clip), loss, config.optim, build_plan(job))
     trainer = build_trainer(ranks, config.trainer.precision, after, saver)
     loader = batches(job, found.step)
     try:
@@ -126,6 +130,7 @@ def build_plan(job: Job) -> Plan:
         batch_size=config.train.batch_size,
         micro_batch=job.micro_batch,
         lr=config.optim.lr,
+        multipliers=job.multipliers,
         seed=config.train.seed,
         train_batch_norm=config.train.batch_norm == "train",
         with_ids=config.loss.positives != "pair",
@@ -209,15 +214,19 @@ def switch_off_stop_broadcast(trainer: pl.Trainer) -> None:
     setattr(loop, STOP_BROADCAST, lambda: None)
 
 
-def encoder(clip: Clip):
-    """Batch -> image and text features, with normalisation on the device."""
+def towers_of(clip: Clip) -> Towers:
+    """Both encoders, with normalisation of pixels on the device."""
     mean, std = clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]
-
-    def encode(batch: Batch) -> tuple[Tensor, Tensor]:
-        image = encode_image(clip.model, to_float(batch.pixels, mean, std))
-        return image, encode_text(clip.model, batch.tokens, trim=False)  # the loader has cut the tokens
-
-    return encode
+    return Towers(
+        image=Tower(
+            lambda batch: encode_image(clip.model, to_float(batch.pixels, mean, std)),
+            trained=not is_frozen(clip.model, "image"),
+        ),
+        text=Tower(
+            lambda batch: encode_text(clip.model, batch.tokens, trim=False),  # the loader has cut the tokens
+            trained=not is_frozen(clip.model, "text"),
+        ),
+    )
 
 
 def tokenizer(clip: Clip, trim: bool):

@@ -173,16 +173,21 @@ def plan_lines(
     steps: Steps,
     clip: "Clip",
     ranks: "Ranks",
+    multipliers: dict[str, float],
     trim: bool,
     micro: int,
     done: int,
 ) -> list[str]:
     """What is about to happen, for the terminal."""
+    from clipft.model.tune import tune_table
+
     batch, share = config.train.batch_size, largest_share(config.train.batch_size, ranks.world)
     parameters = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in parameters)
     total = sum(parameter.numel() for parameter in clip.model.parameters())
     sizes = ", ".join(f"{name} {len(part):,}" for name in ("train", "val", "test") if (part := getattr(splits, name)))
+    assert config.optim.lr is not None
+    table = tune_table(clip.model, multipliers, config.optim.lr)
     pairs = f" ({steps.num_units:,} pairs)" if config.data.captions == "all" else ""
     left = steps.num_units - steps.per_epoch * batch
     epoch = f"{steps.per_epoch:,} an epoch ({left} left out each time, others each time)"
@@ -193,6 +198,7 @@ def plan_lines(
         *(f"        {note}" for note in [*splits.notes, *data_notes(config, order)]),
         f"model   {clip.name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable",
         *(f"        {note}" for note in [*clip.notes, *other_data(config)[1], *model_notes(config, clip.model)]),
+        *(f"{'' if number else 'tune':<8}{line}" for number, line in enumerate(table)),
         f"steps   {steps.total:,} of {batch} pairs, {'' if isinstance(order, Mix) else f'{epoch}, '}"
         f"warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
         f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
@@ -229,14 +235,20 @@ def data_notes(config: Config, order: Order) -> list[str]:
 
 def model_notes(config: Config, model: "nn.Module") -> list[str]:
     """What about a model's parts its user has to know; raises for options that it cannot follow."""
+    from clipft.model.groups import TOWERS, is_frozen, tower_modules
+
     notes = []
-    rates = [getattr(part, name, 0) for part in model.modules() for name in ("p", "drop_prob", "prob", "dropout")]
+    trained = [part for tower in TOWERS if not is_frozen(model, tower) for part in tower_modules(model, tower)]
+    parts = [part for tower in trained for part in tower.modules()]
+    rates = [getattr(part, name, 0) for part in parts for name in ("p", "drop_prob", "prob", "dropout")]
     if any(isinstance(rate, float) and rate > 0 for rate in rates):
         notes.append("it drops units at random: another split into devices or micro-batches draws other masks")
-    has_batch_norm = any("BatchNorm" in type(part).__name__ for part in model.modules())
-    if config.train.batch_norm == "train" and not has_batch_norm:
-        raise ValueError("train.batch_norm=train would be ignored: this model has no BatchNorm. Leave it out.")
-    if has_batch_norm and config.train.batch_norm == "frozen":
+    norms = [part for part in parts if "BatchNorm" in type(part).__name__]
+    if config.train.batch_norm == "train" and not any(
+        each.requires_grad for part in norms for each in part.parameters()
+    ):
+        raise ValueError("train.batch_norm=train would be ignored: no BatchNorm is trained here. Leave it out.")
+    if norms and config.train.batch_norm == "frozen":
         notes.append("BatchNorm keeps the statistics that it has")
     if config.loss.name == "clip" and getattr(model, "logit_bias", None) is not None:
         notes.append("logit_bias stays as it is: loss.name=clip does not see it")

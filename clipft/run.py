@@ -18,7 +18,7 @@ from clipft.data.augment import build_augment
 from clipft.data.sample import image_of
 from clipft.data.split import load_splits
 from clipft.files import replace_file
-from clipft.fit import Job, account_of, encoder, fit
+from clipft.fit import Job, account_of, fit, towers_of
 from clipft.judge.evaluate import build_task, judge
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
@@ -39,6 +39,7 @@ from clipft.measure import (
 )
 from clipft.model.encode import can_trim
 from clipft.model.load import RUN_CONFIG, Clip, add_bias, description, load_model
+from clipft.model.tune import freeze, lr_multipliers
 from clipft.model.weights import load_exactly, read_checkpoint
 from clipft.plan import Steps, check_batch_norm, count_steps, order_of, plan_lines, units_of
 from clipft.ranks import Ranks, check_alike, first_to_all
@@ -61,6 +62,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     clip = load_model(config.model, config.train.seed)
     if config.loss.name == "siglip":
         add_bias(clip, config.train.batch_size)
+    multipliers = lr_multipliers(clip.model, config.tune)
+    freeze(clip.model, multipliers)
     freeze_unused(clip.model, config.loss.name)
     meta = describe_run(config, splits, order, steps, clip)
     if ranks.world > 1:  # the checksum reads all weights
@@ -68,16 +71,16 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     found = first_to_all(ranks, lambda: enter(config, folder, clip, steps))
     check_same_data(config, folder, meta, found.step)
     clip.model.to(ranks.device)
-    micro = choose_micro_batch(config, folder, ranks, clip, encoder(clip))
+    micro = choose_micro_batch(config, folder, ranks, clip, towers_of(clip))
     check_batch_norm(config, ranks.world, micro)
     trim = can_trim(clip.model, clip.tokenize)
     workers = num_workers(config.data.workers, ranks)
     measure = build_measure(config.eval, config.data, clip, ranks, trim, workers)
     augment = build_augment(config.data, clip.preprocess_cfg)
-    job = Job(config, folder, units, order, steps, measure, augment, micro, meta)
+    job = Job(config, folder, units, order, steps, measure, augment, multipliers, micro, meta)
     validate = validation(splits, measure, config.eval.select)
     tasks = report_tasks(config, splits, clip)
-    plan = plan_lines(config, splits, order, steps, clip, ranks, trim, micro, found.step)
+    plan = plan_lines(config, splits, order, steps, clip, ranks, multipliers, trim, micro, found.step)
     if ranks.first:
         replace_file(folder / RUN_CONFIG, json.dumps(description(clip), indent=2) + "\n")
         say = "\n".join([*found.notes, *plan])

@@ -13,6 +13,7 @@ from clipft import capacity
 from clipft.capacity import check_disk, choose_micro_batch, out_of_memory, place, remember, state_bytes
 from clipft.config import Config, ModelConfig, TrainConfig
 from clipft.learn.gather import rank
+from clipft.learn.step import Tower, Towers
 from clipft.model.load import Clip, load_model
 from clipft.ranks import Ranks
 from clipft.report import RunFailed
@@ -32,17 +33,20 @@ def test_a_trial_leaves_no_trace(tmp_path):
     folder = make_model(tmp_path / "resnet", RESNET_CFG)
     clip = load_model(ModelConfig(name=str(folder), pretrained=None), seed=0)
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, encoder(clip))
+    choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, towers(clip))
     assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
     assert clip.model.training
 
 
-def encoder(clip: Clip):
-    def encode(batch):
+def towers(clip: Clip) -> Towers:
+    def text(batch):
         assert batch.tokens.shape[1] == clip.model.context_length and batch.tokens[:, -1].gt(0).all()
-        return clip.model.encode_image(batch.pixels.permute(0, 3, 1, 2).float()), clip.model.encode_text(batch.tokens)
+        return clip.model.encode_text(batch.tokens)
 
-    return encode
+    return Towers(
+        Tower(lambda batch: clip.model.encode_image(batch.pixels.permute(0, 3, 1, 2).float())),
+        Tower(text),
+    )
 
 
 def asked(tmp_path: Path, micro_batch: int | None = None) -> Config:
@@ -51,9 +55,10 @@ def asked(tmp_path: Path, micro_batch: int | None = None) -> Config:
 
 
 def test_what_is_asked_for_is_taken_without_a_try(clip, tmp_path):
-    def never(batch):
+    def fail(batch):
         raise AssertionError
 
+    never = Towers(Tower(fail), Tower(fail))
     assert choose_micro_batch(asked(tmp_path, micro_batch=3), tmp_path, ONE, clip, never) == 3
     assert choose_micro_batch(asked(tmp_path, micro_batch=100), tmp_path, ONE, clip, never) == 8
 
@@ -61,24 +66,24 @@ def test_what_is_asked_for_is_taken_without_a_try(clip, tmp_path):
 def test_what_was_found_on_full_length_captions_is_kept_for_the_next_start(clip, tmp_path, monkeypatch):
     seeds = torch.random.get_rng_state()
     monkeypatch.setattr("clipft.learn.memory.host_memory", lambda: 2e5)
-    first = choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, encoder(clip))
+    first = choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, towers(clip))
     assert 1 <= first < 8 and torch.equal(torch.random.get_rng_state(), seeds)
     assert all(parameter.grad is None for parameter in clip.model.parameters())
     monkeypatch.setattr("clipft.learn.memory.host_memory", lambda: 4e9)
-    assert choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, encoder(clip)) == first
+    assert choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, towers(clip)) == first
     elsewhere = replace(ONE, precision="bf16-mixed")
-    assert choose_micro_batch(asked(tmp_path), tmp_path, elsewhere, clip, encoder(clip)) == 8
+    assert choose_micro_batch(asked(tmp_path), tmp_path, elsewhere, clip, towers(clip)) == 8
 
 
 def test_a_device_without_room_for_a_pair_is_named(clip, tmp_path, monkeypatch):
     monkeypatch.setattr("clipft.learn.memory.host_memory", lambda: 10.0)
     with pytest.raises(RunFailed, match="cpu has no memory for one pair"):
-        choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, encoder(clip))
+        choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, towers(clip))
 
 
 def chosen(config: Config, folder: Path, clip: Clip) -> int:
     capacity.tried = lambda share, *_: share - rank()
-    return choose_micro_batch(config, folder, Ranks(torch.device("cpu"), rank(), 2, 2, "32-true"), clip, encoder(clip))
+    return choose_micro_batch(config, folder, Ranks(torch.device("cpu"), rank(), 2, 2, "32-true"), clip, towers(clip))
 
 
 def test_all_ranks_take_the_least_that_one_of_them_found(clip, tmp_path):
@@ -89,7 +94,7 @@ def test_after_running_out_of_memory_the_next_start_takes_half(clip, tmp_path):
     error, config = torch.OutOfMemoryError("CUDA out of memory"), asked(tmp_path)
     advice = out_of_memory(error, config, tmp_path, ONE, 6)
     assert advice is not None and "6 pairs at a time" in str(advice) and "with 3 at a time" in str(advice)
-    assert choose_micro_batch(config, tmp_path, ONE, clip, encoder(clip)) == 3
+    assert choose_micro_batch(config, tmp_path, ONE, clip, towers(clip)) == 3
     explicit = out_of_memory(error, asked(tmp_path, micro_batch=6), tmp_path, ONE, 6)
     assert "Use train.micro_batch=3" in str(explicit)
     assert out_of_memory(ValueError("else"), config, tmp_path, ONE, 6) is None
@@ -99,7 +104,7 @@ def test_a_damaged_memory_of_the_last_start_is_ignored(clip, tmp_path):
     remember(tmp_path, place(asked(tmp_path), ONE), 5)
     assert json.loads((tmp_path / "micro_batch.json").read_text())["micro_batch"] == 5
     (tmp_path / "micro_batch.json").write_text("{")
-    assert choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, encoder(clip)) == 8
+    assert choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, towers(clip)) == 8
 
 
 def test_a_disk_without_room_for_a_state_is_refused_and_a_tight_one_named(clip, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from clipft.config import (
 from clipft.data.split import load_splits
 
 ROOT = Path(__file__).parent.parent
-GROUPS = ("model", "data", "experiment")
+GROUPS = ("model", "data", "tune", "experiment")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ GROUPS = ("model", "data", "experiment")
 def test_every_yaml_composes(path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = [f"{path.parent.name}={path.stem}"]
-    if path.parent.name != "experiment":
+    if path.parent.name in ("model", "data"):
         arguments += [a for a in ("model=tiny", "data=toy") if not a.startswith(path.parent.name)]
     assert main(["train", *arguments, "--cfg", "job"]) == 0
     assert "batch_size" in capsys.readouterr().out
@@ -61,6 +61,9 @@ CHANGES = [
     "data.crop_min=0.3",
     "data.affine_degrees=30",
     "data.flip_prob=1.0",
+    "tune.rules=[{{match: image, lr_mult: 0}}, {{match: '*'}}]",
+    "tune.layer_decay.image=0.5",
+    "tune.layer_decay.text=0.5",
     "loss.name=siglip",
     "loss.positives=pair",
     "loss.duplicates=mask",
@@ -106,6 +109,10 @@ REFUSED = [
     "data.workers=-1",
     "data.max_pixels=0",
     "data.max_bad_frac=2",
+    "tune.rules=[]",
+    "tune.blocks=2",
+    "tune.layer_decay.image=2",
+    "tune.layer_decay.text=0",
     "loss.name=clap",
     "loss.positives=all",
     "loss.group=colour",
@@ -147,6 +154,7 @@ ELSEWHERE = {
     "data.max_bad_frac": "test_limits_on_samples_reach_the_run",
     "data.text_errors": "test_captions_that_are_not_utf8_are_dropped_or_repaired_as_the_config_says",
     "data.window_shards": "test_lanes_read_by_shard_and_say_what_that_costs",
+    "tune.blocks": "test_the_presets_train_what_they_say",
     "loss.group": "test_a_group_that_no_sample_names_is_refused",
     "train.micro_batch": "test_two_ranks_with_micro_batches_train_the_model_of_one",
     "train.batch_norm": "test_batch_norm_moves_only_where_it_is_asked_to",

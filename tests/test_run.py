@@ -187,6 +187,32 @@ def test_two_ranks_with_micro_batches_train_the_model_of_one(root, tmp_path):
         assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-5)
 
 
+LIT = "tune.rules=[{match: image, lr_mult: 0}, {match: '*'}]"
+
+
+def test_a_frozen_tower_stays_as_it_is_on_one_rank_and_two_and_through_a_kill(root, tmp_path):
+    """The moments in the state are those of what is trained."""
+    one = make_config(root, "name=lit", LIT, "optim.eps=1e-6")
+    assert train_here(one)[0] == 0
+    two = resolve(make_config(root, "name=lit-two", LIT, "optim.eps=1e-6", "trainer.devices=2", "train.micro_batch=3"))
+    settle(two)
+    assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
+    killed = replace(one, name="lit-killed")
+    assert in_child(lambda: train_and_die(killed, 3, signal.SIGKILL)) == -signal.SIGKILL
+    assert in_child(lambda: train_here(killed)[0]) == 0
+    runs, start = Path(two.runs_dir), load_file(root / "model" / "open_clip_model.safetensors")
+    assert outcome(runs / "lit") == outcome(runs / "lit-killed")
+    states = [torch.load(runs / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("lit", "lit-two")]
+    text = {name for name in start if not name.startswith("visual.")}
+    for state in states:
+        weights = state["state_dict"]
+        assert {name for name in start if not torch.equal(weights[name], start[name])} == text
+        moments = state["optimizer_states"][0]["state"].values()
+        assert sum(len(each["exp_avg"].flatten()) for each in moments) == sum(start[name].numel() for name in text)
+    one_text, two_text = (torch.cat([state["state_dict"][name].flatten() for name in text]) for state in states)
+    assert (one_text - two_text).norm() < 1e-5 * one_text.norm()
+
+
 def test_a_base_run_is_measured_again_on_its_own_data(root):
     code, base = train_here(make_config(root, "name=base"))
     other = make_config(root, "name=tuned", f"model.name={base}", "data.name=others", "train.max_steps=2")

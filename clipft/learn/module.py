@@ -14,7 +14,8 @@ from clipft.data.loader import Batch
 from clipft.learn.losses import LocalGradients, Loss
 from clipft.learn.optimizer import build_optimizer, gradient_norm, scale_gradients
 from clipft.learn.schedule import lr_at
-from clipft.learn.step import Encode, contrastive_backward
+from clipft.learn.step import Towers, contrastive_backward
+from clipft.model.groups import TOWERS, is_frozen, tower_modules
 
 # CLIP found a scale above 100 to destabilise training (Radford et al. 2021, sec. 2.5).
 MAX_LOGIT_SCALE = math.log(100)
@@ -29,6 +30,8 @@ class Plan:
     batch_size: int
     micro_batch: int
     lr: float
+    multipliers: dict[str, float]
+    """Of the rate, by parameter."""
     seed: int
     train_batch_norm: bool
     with_ids: bool
@@ -55,23 +58,27 @@ def freeze_unused(model: nn.Module, loss: str) -> None:
 
 
 def train_mode(model: nn.Module, batch_norm: bool) -> None:
-    """Training mode, but for BatchNorm unless asked: its statistics depend on how the batch is cut."""
+    """Training mode, but for frozen towers, and for BatchNorm unless asked: its statistics depend on the cut."""
     model.train()
+    for tower in TOWERS:
+        if is_frozen(model, tower):
+            for part in tower_modules(model, tower):
+                part.eval()
     for child in model.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            child.train(batch_norm)
+            child.train(batch_norm and any(parameter.requires_grad for parameter in child.parameters()))
 
 
 class ContrastiveModule(pl.LightningModule):
-    def __init__(self, model: nn.Module, encode: Encode, loss: Loss, optim: OptimConfig, plan: Plan):
+    def __init__(self, model: nn.Module, towers: Towers, loss: Loss, optim: OptimConfig, plan: Plan):
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.encode, self.loss, self.optim, self.plan = model, encode, loss, optim, plan
+        self.model, self.towers, self.loss, self.optim, self.plan = model, towers, loss, optim, plan
         self.step = 0  # completed steps; Lightning's global_step counts optimizer.step(), not what the data are at
         self.record: StepRecord | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.optim)
+        return build_optimizer(self.model, self.optim, self.plan.multipliers)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
@@ -89,7 +96,7 @@ class ContrastiveModule(pl.LightningModule):
         optimizer.zero_grad()
         statistics = [(buffer, buffer.clone()) for buffer in self._statistics()]
         gradients = contrastive_backward(
-            self.encode,
+            self.towers,
             self.logit_scale,
             getattr(self.model, "logit_bias", None),
             batch,
@@ -127,7 +134,7 @@ class ContrastiveModule(pl.LightningModule):
         plan = self.plan
         lr = lr_at(self.step, plan.num_steps, plan.lr, plan.warmup_steps, self.optim.schedule)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
         return lr
 
     def _no_sync(self) -> AbstractContextManager[None]:

@@ -8,17 +8,18 @@ from torch import Tensor, nn
 from clipft.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW with weight decay on matrices only; `lr` of the groups is set before each step."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    others = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def build_optimizer(model: nn.Module, config: OptimConfig, multipliers: dict[str, float]) -> torch.optim.AdamW:
+    """Fused AdamW over what is trained; before each step `lr` of a group is set to the rate times its `lr_mult`."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((multipliers[name], decay), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "lr_mult": multiplier, "weight_decay": decay}
+            for (multiplier, decay), parameters in groups.items()
+        ],
         lr=0.0,  # set by the step
         betas=(config.beta1, config.beta2),
         eps=config.eps,

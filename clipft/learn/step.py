@@ -6,7 +6,7 @@ on how the batch is cut into ranks and micro-batches.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,11 +19,29 @@ from clipft.data.order import rank_slice
 from clipft.learn.gather import gather_known_rows, rank, world
 from clipft.learn.losses import LocalGradients, Loss, Pairs
 
-Encode = Callable[[Batch], tuple[Float[Tensor, "b D"], Float[Tensor, "b D"]]]
+Encode = Callable[[Batch], Float[Tensor, "b D"]]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """How a batch becomes one side's unit features; a tower that is not trained does so once a step, without graph."""
+
+    encode: Encode
+    trained: bool = True
+
+    def features(self, batch: Batch, graph: bool) -> Float[Tensor, "b D"]:
+        with nullcontext() if graph and self.trained else torch.no_grad():
+            return self.encode(batch)
+
+
+@dataclass(frozen=True)
+class Towers:
+    image: Tower
+    text: Tower
 
 
 def contrastive_backward(
-    encode: Encode,
+    towers: Towers,
     logit_scale: nn.Parameter,
     logit_bias: nn.Parameter | None,
     batch: Batch,
@@ -40,10 +58,15 @@ def contrastive_backward(
 
     `seed` starts the random draws of each micro-batch, so that its two passes drop the same units.
     """
-    micros = batch.split(micro_batch)
-    with nullcontext() if len(micros) == 1 else torch.no_grad():
-        features = [_encode_seeded(encode, micro, (*seed, rank(), k)) for k, micro in enumerate(micros)]
-    image, text = (torch.cat([pair[side].detach() for pair in features]) for side in (0, 1))
+    micros, sides = batch.split(micro_batch), (towers.image, towers.text)
+
+    def encode(side: int, k: int, graph: bool) -> Tensor:
+        seed_draws((*seed, rank(), k, side))
+        return sides[side].features(micros[k], graph)
+
+    once = len(micros) == 1
+    features = [[encode(side, k, graph=once) for k in range(len(micros))] for side in (0, 1)]
+    image, text = (torch.cat([part.detach() for part in parts]) for parts in features)
     slices = [rank_slice(batch_size, r, world()) for r in range(world())]
     counts = [part.stop - part.start for part in slices]
     local = Pairs(image, text, batch.ids, batch.valid, start=slices[rank()].start)
@@ -56,13 +79,16 @@ def contrastive_backward(
     for k, micro in enumerate(micros):
         stop, last = start + len(micro), k == len(micros) - 1
         with nullcontext() if last else no_sync():
-            pair = features[0] if len(micros) == 1 else _encode_seeded(encode, micro, (*seed, rank(), k))
-            surrogate = (pair[0] * gradients.image[start:stop]).sum() + (pair[1] * gradients.text[start:stop]).sum()
+            terms = []
+            for side, gradient in enumerate((gradients.image, gradients.text)):
+                if sides[side].trained:
+                    part = features[side][k] if once else encode(side, k, graph=True)
+                    terms.append((part * gradient[start:stop]).sum())
             if last:  # these partials enter once; they stay in this graph because DDP waits for them
-                surrogate = surrogate + (logit_scale * gradients.log_scale).sum()
-                if logit_bias is not None:
-                    surrogate = surrogate + (logit_bias * gradients.bias).sum()
-            backward(surrogate * world())  # DDP averages over ranks, the partials are to be summed
+                leaves = ((logit_scale, gradients.log_scale), (logit_bias, gradients.bias))
+                terms += [(leaf * part).sum() for leaf, part in leaves if leaf is not None]
+            if terms:  # DDP averages over ranks, the partials are to be summed
+                backward(sum(terms[1:], start=terms[0]) * world())
         start = stop
     return gradients
 
@@ -83,6 +109,5 @@ def gather_pairs(local: Pairs, counts: list[int], with_ids: bool) -> tuple[Pairs
     return local, Pairs(rows[:, :width], rows[:, width : 2 * width], ids, rows[:, -1] > 0)
 
 
-def _encode_seeded(encode: Encode, micro: Batch, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def seed_draws(seed: tuple[int, ...]) -> None:
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-    return encode(micro)

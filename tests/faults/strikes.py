@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,15 +66,14 @@ def spoil_feature(value: float) -> Action:
     """The value added to the image feature of this step's first usable sample."""
 
     def spoil(module: ContrastiveModule, batch: Batch) -> None:
-        encode, step = module.encode, module.step
+        towers, step = module.towers, module.step
         key = batch.keys[batch.valid.tolist().index(True)]
 
-        def spoiled(micro: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            image, text = encode(micro)
+        def spoiled(micro: Batch) -> torch.Tensor:
             added = [value if module.step == step and each == key else 0.0 for each in micro.keys]
-            return image + torch.tensor(added)[:, None], text
+            return towers.image.encode(micro) + torch.tensor(added)[:, None]
 
-        module.encode = spoiled
+        module.towers = replace(towers, image=replace(towers.image, encode=spoiled))
 
     return spoil
 

@@ -6,10 +6,14 @@ from clipft.config import OptimConfig
 from clipft.learn.optimizer import build_optimizer, gradient_norm, scale_gradients
 
 
+def alike(model: nn.Module) -> dict[str, float]:
+    return dict.fromkeys(dict(model.named_parameters()), 1.0)
+
+
 def test_only_matrices_decay_and_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)
-    decay, rest = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    decay, rest = build_optimizer(model, OptimConfig(weight_decay=0.3), alike(model)).param_groups
     assert decay["weight_decay"] == 0.3 and [p is model[0].weight for p in decay["params"]] == [True]
     assert rest["weight_decay"] == 0 and {p.shape for p in rest["params"]} == {torch.Size([4])}
     assert len(rest["params"]) == 3
@@ -19,7 +23,7 @@ def test_a_step_is_that_of_adamw_with_these_settings():
     config = OptimConfig(weight_decay=0.2, beta1=0.8, beta2=0.95, eps=1e-3)
     ours, theirs = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
     theirs.load_state_dict(ours.state_dict())
-    optimizer = build_optimizer(ours, config)
+    optimizer = build_optimizer(ours, config, alike(ours))
     optimizer.param_groups[0]["lr"] = 0.1
     reference = torch.optim.AdamW(theirs.parameters(), 0.1, (0.8, 0.95), 1e-3, 0.2, foreach=False)
     for step in range(3):

@@ -17,7 +17,7 @@ from clipft.data.loader import Batch
 from clipft.data.order import rank_slice
 from clipft.learn.gather import gather_known_rows, gather_rows, rank, world
 from clipft.learn.losses import LocalGradients, Pairs, build_loss
-from clipft.learn.step import Encode, contrastive_backward, gather_pairs
+from clipft.learn.step import Tower, Towers, contrastive_backward, gather_pairs
 from clipft.model.encode import encode_image, encode_text, to_float
 from clipft.model.load import build
 from clipft.model.names import architecture_cfg
@@ -27,7 +27,7 @@ KINDS = [("clip", "share"), ("clip", "mask"), ("siglip", "share"), ("siglip", "m
 every_loss = pytest.mark.parametrize(("name", "duplicates"), KINDS)
 
 
-class Towers(nn.Module):
+class Model(nn.Module):
     def __init__(self, dropout: float = 0.0):
         super().__init__()
         torch.manual_seed(0)
@@ -36,9 +36,14 @@ class Towers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
         self.logit_bias = nn.Parameter(torch.tensor(-3.0))
 
+    def encode_image(self, batch: Batch) -> Tensor:
+        return F.normalize(self.image(batch.pixels.flatten(1).to(self.logit_scale.dtype) / 255), dim=1)
+
+    def encode_text(self, batch: Batch) -> Tensor:
+        return F.normalize(self.text(batch.tokens).mean(dim=1), dim=1)
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        image = self.image(batch.pixels.flatten(1).to(self.logit_scale.dtype) / 255)
-        return F.normalize(image, dim=1), F.normalize(self.text(batch.tokens).mean(dim=1), dim=1)
+        return self.encode_image(batch), self.encode_text(batch)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Case:
     """A model with our way to encode and one for the oracle, which takes the model in float64."""
 
     model: nn.Module
-    encode: Encode
+    towers: Towers
     encode_plainly: Callable[[Any, Batch], tuple[Tensor, Tensor]]
     batch: Batch
 
@@ -76,8 +81,8 @@ def make_batch(size: int = 2, tokens: Tensor | None = None) -> Batch:
 
 
 def small_case(dropout: float = 0.0) -> Case:
-    towers = Towers(dropout)
-    return Case(towers, towers.encode, Towers.encode, make_batch())
+    model = Model(dropout)
+    return Case(model, Towers(Tower(model.encode_image), Tower(model.encode_text)), Model.encode, make_batch())
 
 
 def clip_case(model_cfg: dict) -> Case:
@@ -91,15 +96,19 @@ def clip_case(model_cfg: dict) -> Case:
         row[:stop] = torch.randint(1, end, (stop,))
         row[stop] = end
 
-    def encode(batch: Batch) -> tuple[Tensor, Tensor]:
-        pixels = to_float(batch.pixels, [0.5] * 3, [0.25] * 3)
-        return encode_image(model, pixels), encode_text(model, batch.tokens, trim=True)
+    def image(batch: Batch) -> Tensor:
+        return encode_image(model, to_float(batch.pixels, [0.5] * 3, [0.25] * 3))
+
+    def text(batch: Batch) -> Tensor:
+        return encode_text(model, batch.tokens, trim=True)
 
     def encode_plainly(wide: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels = to_float(batch.pixels, [0.5] * 3, [0.25] * 3).double()
         return wide.encode_image(pixels, normalize=True), wide.encode_text(batch.tokens, normalize=True)
 
-    return Case(model, encode, encode_plainly, make_batch(model.visual.image_size[0], tokens))
+    return Case(
+        model, Towers(Tower(image), Tower(text)), encode_plainly, make_batch(model.visual.image_size[0], tokens)
+    )
 
 
 def dense_loss(
@@ -167,7 +176,7 @@ def own_step(
 
     def work() -> LocalGradients:
         return contrastive_backward(
-            case.encode,
+            case.towers,
             scale,
             bias,
             case.batch._rows(rank_slice(BATCH, rank(), world())),
@@ -241,13 +250,13 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(name, duplicates):
 def test_scores_and_what_is_made_of_them_are_fp32_under_autocast(name, duplicates):
     case = small_case()
 
-    def encode(batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", enabled=False):
-            return case.encode(batch)
+    def wide(tower: Tower) -> Tower:
+        return Tower(torch.autocast("cpu", enabled=False)(tower.encode))
 
     (expected,) = step_gradients(case, name, duplicates, [4])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (found,) = step_gradients(replace(case, encode=encode), name, duplicates, [4])
+        towers = Towers(wide(case.towers.image), wide(case.towers.text))
+        (found,) = step_gradients(replace(case, towers=towers), name, duplicates, [4])
     above = (
         "loss",
         "logit_scale",
@@ -283,6 +292,71 @@ def all_differences(clips) -> list[dict[str, float]]:
     ]
 
 
+@dataclass
+class Seen:
+    """What a frozen tower was asked for."""
+
+    calls: int = 0
+    with_graph: bool = False
+
+
+def freeze_tower(case: Case, side: str) -> tuple[Case, Seen]:
+    """The case with one tower frozen, as clipft.model.tune and the step treat it, and what that tower is asked for."""
+    seen, tower = Seen(), getattr(case.towers, side)
+    for name, parameter in case.model.named_parameters():
+        image = name.startswith(("visual.", "image."))
+        parameter.requires_grad_("logit" in name or image != (side == "image"))
+
+    def encode(batch: Batch) -> Tensor:
+        seen.calls += 1
+        seen.with_graph |= torch.is_grad_enabled()
+        return tower.encode(batch)
+
+    return replace(case, towers=replace(case.towers, **{side: Tower(encode, trained=False)})), seen
+
+
+@every_loss
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_frozen_tower_is_encoded_once_without_graph_and_leaves_the_gradients_of_the_other(name, duplicates, side):
+    for micro_batch in (2, 5, 11):
+        case, seen = freeze_tower(small_case(), side)
+        expected = whole_batch_gradients(case, name, duplicates)
+        assert not any(key.startswith(f"{side}.") for key in expected) and len(expected) > 3
+        (ours,) = step_gradients(case, name, duplicates, [micro_batch])
+        assert_same(ours, expected)
+        assert seen.calls == -(-BATCH // micro_batch) and not seen.with_graph
+
+
+def test_two_frozen_towers_leave_the_scale_to_be_trained():
+    case, _ = freeze_tower(small_case(), "image")
+    both, seen = freeze_tower(case, "text")
+    for name, parameter in both.model.named_parameters():
+        parameter.requires_grad_("logit" in name)
+    expected = whole_batch_gradients(both, "siglip", "share")
+    (ours,) = step_gradients(both, "siglip", "share", [3])
+    assert_same(ours, expected)
+    assert set(expected) == {"loss", "logit_scale", "logit_bias"} and seen.calls == 4
+
+
+def differences_when_frozen(cases: list[tuple[Case, dict[str, Tensor]]]) -> list[dict[str, float]]:
+    """Differences of what is trained beside a frozen tower, for each of the micro-batches."""
+    return [
+        differences(ours, expected)
+        for case, expected in cases
+        for ours in step_gradients(case, "siglip", "share", MICRO_BATCHES)
+    ]
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:Grad strides")
+def test_two_ranks_with_a_frozen_tower_give_the_gradients_of_one_process(tmp_path):
+    cases = [freeze_tower(clip_case(architecture_cfg("tiny")), side)[0] for side in ("image", "text")]
+    expected = [(case, whole_batch_gradients(case, "siglip", "share")) for case in cases]
+    for found in on_ranks(2, tmp_path, differences_when_frozen, expected):
+        assert len(found) == 2 * len(MICRO_BATCHES)
+        assert all(value < 1e-5 for each in found for value in each.values()), found
+
+
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:Grad strides")  # of 1x1 convolutions, as DDP finds them; about speed only
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -292,21 +366,23 @@ def test_ranks_give_the_gradients_of_one_process_on_the_joined_batch(tmp_path, n
         assert all(value < 1e-5 for each in found for value in each.values()), found
 
 
-def test_both_passes_of_a_micro_batch_drop_the_same_units(monkeypatch):
+def test_both_passes_of_a_micro_batch_drop_the_same_units():
     """The loss's gradient belongs to the features of the first pass: the second has to be at the same point."""
-    seen: list[Tensor] = []
-    encode = Towers.encode
+    case, seen = small_case(dropout=0.5), {"image": [], "text": []}
 
-    def watched(self, batch):
-        image, text = encode(self, batch)
-        seen.append(torch.cat([image, text], dim=1).detach())
-        return image, text
+    def watched(side: str) -> Tower:
+        def encode(batch: Batch) -> Tensor:
+            features = getattr(case.towers, side).encode(batch)
+            seen[side].append(features.detach())
+            return features
 
-    monkeypatch.setattr(Towers, "encode", watched)
-    step_gradients(small_case(dropout=0.5), "clip", "share", [4])
-    first, second = seen[:3], seen[3:]
-    assert len(second) == 3 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(seen[0], seen[1])
+        return Tower(encode)
+
+    step_gradients(replace(case, towers=Towers(watched("image"), watched("text"))), "clip", "share", [4])
+    for features in seen.values():
+        first, second = features[:3], features[3:]
+        assert len(second) == 3 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert not torch.equal(features[0], features[1])
 
 
 def gathered() -> dict[str, Tensor]:
