@@ -212,6 +212,10 @@ class LossConfig:
     """Column of key.json that names a sample's group, for loss.positives=group."""
     duplicates: str = "share"
     """Pairs that belong together share the target (share), or are left out of each other's negatives (mask)."""
+    label_smoothing: float = 0.0
+    """Share of a softmax's target that goes to all its pairs evenly (loss.name=clip)."""
+    temperature: Any = None
+    """null: learned (under loss.name=clip up to a scale of 100); a number T: the scale stays 1/T; keep: as loaded."""
 
     def __post_init__(self):
         one_of("loss.name", self.name, ("clip", "siglip"))
@@ -221,6 +225,17 @@ class LossConfig:
             raise ValueError("loss.positives=group needs loss.group=COLUMN, the column of key.json that names it.")
         if self.positives != "group" and self.group is not None:
             raise ValueError(f"loss.group={self.group!r} would be ignored: it belongs to loss.positives=group.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing={self.label_smoothing} must be at least 0 and less than 1.")
+        if self.label_smoothing and self.name != "clip":
+            raise ValueError(
+                f"loss.label_smoothing={self.label_smoothing} would be ignored: it belongs to loss.name=clip."
+            )
+        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if self.temperature not in (None, "keep") and not (number and 0 < self.temperature < math.inf):
+            raise ValueError(
+                f"loss.temperature={self.temperature!r} must be null (learned), a number greater than 0, or keep."
+            )
         if self.positives == "pair" and self.duplicates == "mask":
             raise ValueError("loss.duplicates=mask would be ignored: under loss.positives=pair no pair has duplicates.")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.loggers import Logger
@@ -20,17 +21,18 @@ from clipft.data.loader import Batch, naming_lost_workers, train_loader
 from clipft.data.mix import Mix
 from clipft.data.order import Order
 from clipft.data.pairs import Units
+from clipft.judge.evaluate import evaluating
 from clipft.learn.after_step import AfterStep, Intervals, Validate
 from clipft.learn.checkpoint import Found, said_by
 from clipft.learn.gather import all_objects
 from clipft.learn.journal import Journal
 from clipft.learn.ledger import Ledger, account
-from clipft.learn.losses import build_loss, chance_loss
+from clipft.learn.losses import bias_of_softmax, build_loss, chance_loss
 from clipft.learn.metrics_file import MetricsFile
 from clipft.learn.module import ContrastiveModule, Plan
 from clipft.learn.saver import Saver
 from clipft.learn.skips import Skips
-from clipft.learn.step import Tower, Towers
+from clipft.learn.step import Tower, Towers, gather_pairs, local_pairs
 from clipft.learn.stop import StopRequest
 from clipft.measure import Measure
 from clipft.model.encode import encode_image, encode_text, to_float, trim_tokens
@@ -92,10 +94,10 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
         best_is_lost=not found.best,
         lag=host_lag(ranks),
     )
-    loss = build_loss(config.loss.name, config.loss.duplicates)
+    loss = build_loss(config.loss.name, config.loss.duplicates, config.loss.label_smoothing)
     module = ContrastiveModule(clip.model, towers_of(clip), loss, config.optim, build_plan(job))
     trainer = build_trainer(ranks, config.trainer.precision, after, saver)
-    loader = batches(job, found.step)
+    loader = batches(job, found.step, job.steps.total, job.measure.workers)
     try:
         with naming_lost_workers(loader):
             trainer.fit(module, loader, ckpt_path=found.path, weights_only=True)
@@ -133,12 +135,35 @@ def build_plan(job: Job) -> Plan:
         multipliers=job.multipliers,
         seed=config.train.seed,
         train_batch_norm=config.train.batch_norm == "train",
+        clamp_scale=config.loss.name == "clip",
         with_ids=config.loss.positives != "pair",
     )
 
 
-def batches(job: Job, start_step: int) -> DataLoader[Batch]:
-    """This rank's slices of the global batches, from this step to the end."""
+def set_bias(job: Job) -> str:
+    """Starts a new logit_bias at what the trained model's softmax says of the first batch; returns a note of it.
+
+    Trained by a softmax, cosines are not centred at 0, and AdamW moves a bias by no more than the rate in a step.
+    """
+    clip, ranks, towers = job.measure.clip, job.measure.ranks, towers_of(job.measure.clip)
+    batch = next(iter(batches(job, 0, num_steps=1, workers=0))).to(ranks.device)
+    micros = batch.split(job.micro_batch)
+    with evaluating(clip.model), torch.no_grad():
+        with ranks.autocast():
+            sides = [[tower.encode(micro) for micro in micros] for tower in (towers.image, towers.text)]
+        image, text = (torch.cat(parts) for parts in sides)
+        local, counts = local_pairs(image, text, batch, job.config.train.batch_size)
+        _, everyone = gather_pairs(local, counts, with_ids=True)
+        scale = clip.model.logit_scale.float().exp().squeeze()
+        clip.model.logit_bias.copy_(bias_of_softmax(everyone, scale))
+    return (
+        f"new logit_bias of {clip.model.logit_bias.item():.2f} beside its scale of {scale.item():.4g}, for "
+        "loss.name=siglip: on the first batch its sigmoids say what its softmax said"
+    )
+
+
+def batches(job: Job, start_step: int, num_steps: int, workers: int) -> DataLoader[Batch]:
+    """This rank's slices of the global batches, from this step to `num_steps`."""
     config, measure, ranks = job.config, job.measure, job.measure.ranks
     return train_loader(
         job.units,
@@ -150,11 +175,11 @@ def batches(job: Job, start_step: int) -> DataLoader[Batch]:
         text_errors=config.data.text_errors,
         seed=config.train.seed,
         order=job.order,
-        num_steps=job.steps.total,
+        num_steps=num_steps,
         rank=ranks.rank,
         world=ranks.world,
         start_step=start_step,
-        workers=measure.workers,
+        workers=workers,
         pin=ranks.device.type == "cuda",
     )
 

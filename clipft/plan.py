@@ -235,6 +235,7 @@ def data_notes(config: Config, order: Order) -> list[str]:
 
 def model_notes(config: Config, model: "nn.Module") -> list[str]:
     """What about a model's parts its user has to know; raises for options that it cannot follow."""
+    from clipft.learn.module import MAX_LOGIT_SCALE
     from clipft.model.groups import TOWERS, is_frozen, tower_modules
 
     notes = []
@@ -252,6 +253,9 @@ def model_notes(config: Config, model: "nn.Module") -> list[str]:
         notes.append("BatchNorm keeps the statistics that it has")
     if config.loss.name == "clip" and getattr(model, "logit_bias", None) is not None:
         notes.append("logit_bias stays as it is: loss.name=clip does not see it")
+    scale: Any = model.logit_scale
+    if config.loss.name == "clip" and scale.requires_grad and scale.max() > MAX_LOGIT_SCALE + 1e-3:
+        notes.append("its scale is above 100, to which a learned one is cut (loss.temperature=keep leaves it)")
     return notes
 
 

@@ -18,13 +18,13 @@ from clipft.data.augment import build_augment
 from clipft.data.sample import image_of
 from clipft.data.split import load_splits
 from clipft.files import replace_file
-from clipft.fit import Job, account_of, fit, towers_of
+from clipft.fit import Job, account_of, fit, set_bias, towers_of
 from clipft.judge.evaluate import build_task, judge
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
 from clipft.learn.checkpoint import Found, clean, find_state, saved_steps
 from clipft.learn.loggers import build_loggers, each_guarded, log_end
-from clipft.learn.module import freeze_unused
+from clipft.learn.module import freeze_fixed
 from clipft.learn.stop import STOPS, StopRequest
 from clipft.measure import (
     build_measure,
@@ -38,7 +38,8 @@ from clipft.measure import (
     validation,
 )
 from clipft.model.encode import can_trim
-from clipft.model.load import RUN_CONFIG, Clip, add_bias, description, load_model
+from clipft.model.load import RUN_CONFIG, Clip, add_bias, description, load_model, set_temperature
+from clipft.model.names import starts_random
 from clipft.model.tune import freeze, lr_multipliers
 from clipft.model.weights import load_exactly, read_checkpoint
 from clipft.plan import Steps, check_batch_norm, count_steps, order_of, plan_lines, units_of
@@ -60,11 +61,12 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     order = order_of(config, splits, units)
     steps = count_steps(config, order, len(units))
     clip = load_model(config.model, config.train.seed)
-    if config.loss.name == "siglip":
-        add_bias(clip, config.train.batch_size)
+    trained = not starts_random(config.model)
+    new_bias = config.loss.name == "siglip" and add_bias(clip, config.train.batch_size, keep_scale=trained)
+    set_temperature(clip, config.loss.temperature)
     multipliers = lr_multipliers(clip.model, config.tune)
     freeze(clip.model, multipliers)
-    freeze_unused(clip.model, config.loss.name)
+    freeze_fixed(clip.model, config.loss)
     meta = describe_run(config, splits, order, steps, clip)
     if ranks.world > 1:  # the checksum reads all weights
         check_alike(facts(config, meta, clip.model))
@@ -78,6 +80,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     measure = build_measure(config.eval, config.data, clip, ranks, trim, workers)
     augment = build_augment(config.data, clip.preprocess_cfg)
     job = Job(config, folder, units, order, steps, measure, augment, multipliers, micro, meta)
+    if new_bias and trained and not found.step:
+        clip.notes.append(set_bias(job))
     validate = validation(splits, measure, config.eval.select)
     tasks = report_tasks(config, splits, clip)
     plan = plan_lines(config, splits, order, steps, clip, ranks, multipliers, trim, micro, found.step)

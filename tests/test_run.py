@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -25,6 +26,7 @@ from clipft import fit, run
 from clipft.config import Config, ExportConfig
 from clipft.learn.after_step import AfterStep
 from clipft.learn.checkpoint import saved_step
+from clipft.learn.losses import chance_loss
 from clipft.learn.metrics_file import read_rows
 from clipft.learn.module import ContrastiveModule
 from clipft.learn.stop import StopRequest
@@ -211,6 +213,46 @@ def test_a_frozen_tower_stays_as_it_is_on_one_rank_and_two_and_through_a_kill(ro
         assert sum(len(each["exp_avg"].flatten()) for each in moments) == sum(start[name].numel() for name in text)
     one_text, two_text = (torch.cat([state["state_dict"][name].flatten() for name in text]) for state in states)
     assert (one_text - two_text).norm() < 1e-5 * one_text.norm()
+
+
+def saved(path: Path) -> dict[str, Any]:
+    return torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_fixed_temperature_is_not_trained_and_not_cut_and_a_later_run_can_keep_it(root):
+    code, base = train_here(make_config(root, "name=warm", "loss.temperature=0.005"))
+    state, rows = saved(base), read_rows(base / "metrics.csv")
+    assert code == 0 and [float(row["train/scale"]) for row in rows] == pytest.approx([200] * 6)
+    assert (
+        len(state["optimizer_states"][0]["state"]) == len(load_file(root / "model" / "open_clip_model.safetensors")) - 1
+    )
+    more = [f"model.name={base}", "train.max_steps=2", "eval.base=false", "eval.also=[]"]
+    for name, option, scales in (
+        ("kept", "loss.temperature=keep", [200, 200]),
+        ("learned", "loss.temperature=null", [100, 100]),  # what CLIP's clip leaves
+    ):
+        code, path = train_here(make_config(root, f"name={name}", option, *more))
+        found = [float(row["train/scale"]) for row in read_rows(path / "metrics.csv")]
+        assert code == 0 and found == pytest.approx(scales, rel=0.05)
+        assert ("its scale is above 100" in (path / "log.txt").read_text()) == (name == "learned")
+
+
+def test_a_sigmoid_loss_on_a_trained_base_starts_where_its_softmax_stood_on_one_rank_and_two(root, tmp_path):
+    _, base = train_here(make_config(root, "name=softmax"))
+    options = [f"model.name={base}", "loss.name=siglip", "train.max_steps=1", "optim.lr=1e-9", "eval.base=false"]
+    _, one = train_here(make_config(root, "name=sigmoid-one", *options))
+    two = resolve(make_config(root, "name=sigmoid-two", *options, "trainer.devices=2", "train.micro_batch=3"))
+    settle(two)
+    assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
+    paths = [one, one.with_name("sigmoid-two")]
+    biases = [saved(path)["state_dict"]["logit_bias"] for path in paths]
+    assert torch.allclose(biases[0], biases[1], rtol=1e-5) and not torch.allclose(biases[0], torch.tensor(-math.log(7)))
+    assert saved(one)["state_dict"]["logit_scale"].item() == pytest.approx(
+        saved(base)["state_dict"]["logit_scale"].item()
+    )
+    (row,) = read_rows(one / "metrics.csv")
+    assert float(row["train/loss"]) == pytest.approx(chance_loss("siglip", 8), rel=0.05)  # as the base's softmax
+    assert f"new logit_bias of {biases[0].item():.2f} beside its scale" in (one / "log.txt").read_text()
 
 
 def test_a_base_run_is_measured_again_on_its_own_data(root):

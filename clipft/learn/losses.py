@@ -51,12 +51,15 @@ Loss = Callable[[Pairs, Pairs, Float[Tensor, ""], Float[Tensor, ""], Gather], Lo
 """Local pairs, all pairs, scale, bias and the gathering of rows -> this rank's part."""
 
 
-def build_loss(name: str, duplicates: str) -> Loss:
+def build_loss(name: str, duplicates: str, label_smoothing: float = 0.0) -> Loss:
     if name not in LOSSES:
         raise ValueError(f"loss.name={name!r} is unknown. Use one of {sorted(LOSSES)}, or add to LOSSES.")
     if duplicates not in ("share", "mask"):
         raise ValueError(f"loss.duplicates={duplicates!r} is unknown. Use share or mask.")
-    return partial(LOSSES[name], mask=duplicates == "mask")
+    if label_smoothing and name != "clip":
+        raise ValueError(f"loss.label_smoothing={label_smoothing} would be ignored: loss.name={name} has no softmax.")
+    smoothing = {"smoothing": label_smoothing} if name == "clip" else {}
+    return partial(LOSSES[name], mask=duplicates == "mask", **smoothing)
 
 
 def info_nce(
@@ -67,20 +70,26 @@ def info_nce(
     gather: Gather,
     *,
     mask: bool,
+    smoothing: float = 0.0,
 ) -> LocalGradients:
     """Symmetric InfoNCE (Radford et al. 2021, fig. 3), as value and gradients.
 
     With P(i) the valid pairs that have i's id, L = -1/(2n) sum_i sum_{j in P(i)} (log p_ij + log q_ij) / |P(i)|
     over the n valid pairs, p the softmax over texts and q the one over images. Distinct ids give CLIP's loss.
-    `mask` leaves all of P(i) but i out of the target and out of both softmaxes.
+    `mask` leaves all of P(i) but i out of the target and out of both softmaxes. `smoothing` moves that share of each
+    target to all c_i pairs in its softmax, evenly (Szegedy et al. 2016, sec. 7).
     """
     image_lse = log_sum_exps(local.image, everyone.text, local, everyone, scale, mask)
     text_lse = log_sum_exps(local.text, everyone.image, local, everyone, scale, mask)
     all_lse = gather(torch.stack([image_lse, text_lse], dim=1))
     n, positives = everyone.valid.sum().clamp(min=1), num_positives(local, everyone)
-    weights = torch.ones_like(image_lse) if mask else 1 / positives
-    image = _softmax_part(local.image, everyone.text, local, everyone, scale, image_lse, all_lse[:, 1], weights, mask)
-    text = _softmax_part(local.text, everyone.image, local, everyone, scale, text_lse, all_lse[:, 0], weights, mask)
+    weights = (1 - smoothing) * (torch.ones_like(image_lse) if mask else 1 / positives)
+    targets = _Targets(weights)
+    if smoothing:
+        rows, columns = (smoothing / num_counted(some, everyone, mask) for some in (local, everyone))
+        targets = _Targets(weights, rows, columns)
+    image = _softmax_part(local.image, everyone.text, local, everyone, scale, image_lse, all_lse[:, 1], targets, mask)
+    text = _softmax_part(local.text, everyone.image, local, everyone, scale, text_lse, all_lse[:, 0], targets, mask)
     return LocalGradients(
         loss=(image.loss + text.loss) / (2 * n),
         image=image.rows * scale / (2 * n),
@@ -130,11 +139,13 @@ def log_sum_exps(
     everyone: Pairs,
     scale: Float[Tensor, ""],
     mask: bool,
+    with_positives: bool = True,
 ) -> Float[Tensor, " b"]:
     """log sum_j exp(scale <row, column_j>) over the columns that count for the row; -inf where none does."""
     total = rows.new_full((len(rows),), -torch.inf)
-    for tile, _, counted in _tiles(local, everyone, mask):
-        scores = (scale * rows @ columns[tile].T).masked_fill_(~counted, -torch.inf)
+    for tile, positive, counted in _tiles(local, everyone, mask):
+        summed = counted if with_positives else counted & ~positive
+        scores = (scale * rows @ columns[tile].T).masked_fill_(~summed, -torch.inf)
         total = torch.logaddexp(total, scores.logsumexp(dim=1))
     return total
 
@@ -149,6 +160,15 @@ class _Part:
     bias: Float[Tensor, ""]
 
 
+@dataclass(frozen=True)
+class _Targets:
+    """What a softmax should be: `positive` at each positive of a row, and `rows` or `columns` at all that it counts."""
+
+    positive: Float[Tensor, " b"]
+    rows: Float[Tensor, " b"] | None = None
+    columns: Float[Tensor, " B"] | None = None
+
+
 def _softmax_part(
     rows: Float[Tensor, "b D"],
     columns: Float[Tensor, "B D"],
@@ -157,18 +177,21 @@ def _softmax_part(
     scale: Float[Tensor, ""],
     row_lse: Float[Tensor, " b"],
     column_lse: Float[Tensor, " B"],
-    weights: Float[Tensor, " b"],
+    targets: _Targets,
     mask: bool,
 ) -> _Part:
     gradient, loss, log_scale = torch.zeros_like(rows), rows.new_zeros(()), rows.new_zeros(())
     for tile, positive, counted in _tiles(local, everyone, mask):
         scores = scale * rows @ columns[tile].T
-        target = positive * weights[:, None]
+        row_target = column_target = positive * targets.positive[:, None]
+        if targets.rows is not None and targets.columns is not None:
+            row_target = row_target + counted * targets.rows[:, None]
+            column_target = column_target + counted * targets.columns[tile]
         log_p = scores - row_lse[:, None]
-        loss = loss - (log_p.masked_fill(~positive, 0) * target).sum()
-        row_error = log_p.exp_().masked_fill_(~counted, 0).sub_(target)
+        loss = loss - (log_p.masked_fill(~counted, 0) * row_target).sum()
+        row_error = log_p.exp_().masked_fill_(~counted, 0).sub_(row_target)
         log_scale = log_scale + (row_error * scores).sum()
-        column_error = (scores - column_lse[tile]).exp_().masked_fill_(~counted, 0).sub_(target)
+        column_error = (scores - column_lse[tile]).exp_().masked_fill_(~counted, 0).sub_(column_target)
         gradient += row_error.add_(column_error) @ columns[tile]
     return _Part(loss, gradient, log_scale, torch.zeros_like(loss))
 
@@ -196,12 +219,32 @@ def _sigmoid_part(
     return _Part(loss, gradient, log_scale, bias_sum)
 
 
-def num_positives(local: Pairs, everyone: Pairs) -> Float[Tensor, " b"]:
-    """|P(i)| of the local pairs, without waiting for the device; 1 for those that are not valid."""
+def num_positives(some: Pairs, everyone: Pairs) -> Float[Tensor, " n"]:
+    """|P(i)| of some of the pairs, without waiting for the device; 1 for those that are not valid."""
     ids, order = everyone.ids.sort()
     below = F.pad(everyone.valid[order].cumsum(0), (1, 0))  # valid ones among the first k ids
-    first, stop = (torch.searchsorted(ids, local.ids, right=right) for right in (False, True))
-    return (below[stop] - below[first]).masked_fill(~local.valid, 1).to(local.image.dtype)
+    first, stop = (torch.searchsorted(ids, some.ids, right=right) for right in (False, True))
+    return (below[stop] - below[first]).masked_fill(~some.valid, 1).to(some.image.dtype)
+
+
+def num_counted(some: Pairs, everyone: Pairs, mask: bool) -> Float[Tensor, " n"]:
+    """c_i, the pairs in the softmax of some of the pairs."""
+    n = everyone.valid.sum().clamp(min=1).to(some.image.dtype)
+    return n - num_positives(some, everyone) + 1 if mask else n.expand(len(some.ids))
+
+
+def bias_of_softmax(pairs: Pairs, scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The bias with which sigmoids say of a pair what a softmax among these pairs says: -log sum_j exp(scale <i, j>).
+
+    Over the j that are no positives of i; the mean over i and both directions. Where all cosines are 0 it is the log
+    odds of one right pair among so many.
+    """
+    sides = ((pairs.image, pairs.text), (pairs.text, pairs.image))
+    sums = [
+        log_sum_exps(rows, columns, pairs, pairs, scale, mask=False, with_positives=False) for rows, columns in sides
+    ]
+    every = torch.cat(sums)
+    return -every[every.isfinite()].mean()
 
 
 def finite_rows(local: Pairs) -> Bool[Tensor, " b"]:

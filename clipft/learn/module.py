@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipft.config import OptimConfig
+from clipft.config import LossConfig, OptimConfig
 from clipft.data.loader import Batch
 from clipft.learn.losses import LocalGradients, Loss
 from clipft.learn.optimizer import build_optimizer, gradient_norm, scale_gradients
@@ -17,7 +17,7 @@ from clipft.learn.schedule import lr_at
 from clipft.learn.step import Towers, contrastive_backward
 from clipft.model.groups import TOWERS, is_frozen, tower_modules
 
-# CLIP found a scale above 100 to destabilise training (Radford et al. 2021, sec. 2.5).
+# CLIP found a scale above 100 to destabilise training under its softmax (Radford et al. 2021, sec. 2.5).
 MAX_LOGIT_SCALE = math.log(100)
 
 
@@ -34,6 +34,8 @@ class Plan:
     """Of the rate, by parameter."""
     seed: int
     train_batch_norm: bool
+    clamp_scale: bool
+    """Whether a learned scale stays below MAX_LOGIT_SCALE."""
     with_ids: bool
     """Whether different pairs can belong together; else their ids need not be sent."""
 
@@ -51,10 +53,12 @@ class StepRecord:
     """Whether the gradients were not finite and the weights stayed as they were; the same on all ranks."""
 
 
-def freeze_unused(model: nn.Module, loss: str) -> None:
-    """Freezes what the loss does not see: DDP waits for the gradient of every parameter that wants one."""
-    if loss == "clip" and getattr(model, "logit_bias", None) is not None:
+def freeze_fixed(model: nn.Module, loss: LossConfig) -> None:
+    """Freezes what the loss does not see or train: DDP waits for the gradient of every parameter that wants one."""
+    if loss.name == "clip" and getattr(model, "logit_bias", None) is not None:
         model.logit_bias.requires_grad_(False)
+    if loss.temperature is not None:
+        model.logit_scale.requires_grad_(False)
 
 
 def train_mode(model: nn.Module, batch_norm: bool) -> None:
@@ -116,7 +120,8 @@ class ContrastiveModule(pl.LightningModule):
         optimizer.step()
         for buffer, before in statistics:
             buffer.copy_(torch.where(skipped, before, buffer))
-        self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+        if self.plan.clamp_scale and self.logit_scale.requires_grad:
+            self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         self.step += 1
         self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm, skipped)
 

@@ -67,9 +67,7 @@ def contrastive_backward(
     once = len(micros) == 1
     features = [[encode(side, k, graph=once) for k in range(len(micros))] for side in (0, 1)]
     image, text = (torch.cat([part.detach() for part in parts]) for parts in features)
-    slices = [rank_slice(batch_size, r, world()) for r in range(world())]
-    counts = [part.stop - part.start for part in slices]
-    local = Pairs(image, text, batch.ids, batch.valid, start=slices[rank()].start)
+    local, counts = local_pairs(image, text, batch, batch_size)
     scale = logit_scale.detach().float().exp().squeeze()
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.detach().float().squeeze()
     with torch.autocast(image.device.type, enabled=False):  # scores and their sums are fp32 at any precision
@@ -91,6 +89,15 @@ def contrastive_backward(
                 backward(sum(terms[1:], start=terms[0]) * world())
         start = stop
     return gradients
+
+
+def local_pairs(
+    image: Float[Tensor, "b D"], text: Float[Tensor, "b D"], batch: Batch, batch_size: int
+) -> tuple[Pairs, list[int]]:
+    """This rank's pairs with their place in the global batch, and how many each rank has."""
+    slices = [rank_slice(batch_size, r, world()) for r in range(world())]
+    pairs = Pairs(image, text, batch.ids, batch.valid, start=slices[rank()].start)
+    return pairs, [part.stop - part.start for part in slices]
 
 
 def gather_pairs(local: Pairs, counts: list[int], with_ids: bool) -> tuple[Pairs, Pairs]:

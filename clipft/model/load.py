@@ -54,20 +54,35 @@ def load_model(config: ModelConfig, seed: int) -> Clip:
         return from_architecture(config.name, config.pretrained, seed)
 
 
-def add_bias(clip: Clip, batch_size: int) -> None:
-    """Gives a model without logit_bias the scale and bias that a sigmoid loss starts well from, now and when rebuilt.
+def add_bias(clip: Clip, batch_size: int, keep_scale: bool) -> bool:
+    """Gives a model without logit_bias one for a sigmoid loss, now and when it is rebuilt; true when it did.
 
-    The bias is the log odds of a pair drawn at random, one right text among batch_size. SigLIP starts from the same
-    scale and, for batches of 32k, nearly the same bias (Zhai et al. 2023, sec. 3.2: 10 and -10).
+    The bias is the log odds of a pair drawn at random, one right text among batch_size. SigLIP starts from nearly the
+    same bias, for batches of 32k, and from a scale of 10 (Zhai et al. 2023, sec. 3.2), which the model gets unless
+    it is to keep its own.
     """
     if clip.model.logit_bias is not None:
-        return
-    scale, bias = math.log(SIGLIP_SCALE), -math.log(batch_size - 1)
+        return False
+    bias = -math.log(batch_size - 1)
     with torch.no_grad():
-        clip.model.logit_scale.fill_(scale)
+        if not keep_scale:
+            clip.model.logit_scale.fill_(math.log(SIGLIP_SCALE))
     clip.model.logit_bias = nn.Parameter(torch.full_like(clip.model.logit_scale, bias))
-    clip.model_cfg |= {"init_logit_scale": scale, "init_logit_bias": bias}
-    clip.notes.append(f"new logit_bias of {bias:.2f} and scale of {SIGLIP_SCALE:g}, for loss.name=siglip")
+    clip.model_cfg |= {"init_logit_scale": clip.model.logit_scale.item(), "init_logit_bias": bias}
+    if not keep_scale:
+        clip.notes.append(f"new logit_bias of {bias:.2f} and scale of {SIGLIP_SCALE:g}, for loss.name=siglip")
+    return True
+
+
+def set_temperature(clip: Clip, temperature: float | str | None) -> None:
+    """Sets the scale to 1 / temperature, or leaves it as it is for keep (and None, which learns it)."""
+    if isinstance(temperature, int | float):
+        with torch.no_grad():
+            clip.model.logit_scale.fill_(-math.log(temperature))
+    if temperature is not None:
+        clip.notes.append(
+            f"the scale stays at {clip.model.logit_scale.exp().item():.4g} (loss.temperature={temperature})"
+        )
 
 
 def from_architecture(name: str, tag: str | None, seed: int) -> Clip:

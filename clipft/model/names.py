@@ -109,6 +109,11 @@ def kind_of(name: str) -> str:
     raise ValueError(f"model.name={name!r} is no architecture, run directory or open_clip directory. {hint}")
 
 
+def starts_random(config: ModelConfig) -> bool:
+    """Whether the model has no trained weights to start from."""
+    return kind_of(config.name) == "architecture" and config.pretrained is None
+
+
 def check_tag(architecture: str, tag: str) -> None:
     tags = tags_of(architecture)
     if clean_tag(tag) in tags:

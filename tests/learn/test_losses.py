@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate, product
 from threading import Barrier
 from typing import Any
@@ -13,7 +14,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from clipft.learn import losses
-from clipft.learn.losses import LOSSES, LocalGradients, Loss, Pairs, build_loss
+from clipft.learn.losses import LocalGradients, Loss, Pairs, bias_of_softmax, build_loss
+
+SMOOTHING = 0.2
+NAMES = ("clip", "smoothed", "siglip")  # smoothed: clip under loss.label_smoothing
+
+
+def make_loss(name: str, duplicates: str) -> Loss:
+    return build_loss("clip", duplicates, SMOOTHING) if name == "smoothed" else build_loss(name, duplicates)
 
 
 def pairs(n: int, ids: list[int] | None = None, valid: list[bool] | None = None) -> Pairs:
@@ -26,7 +34,7 @@ def double(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def loop_info_nce(p: Pairs, scale: Tensor, bias: Tensor, duplicates: str) -> Tensor:
+def loop_info_nce(p: Pairs, scale: Tensor, bias: Tensor, duplicates: str, smoothing: float = 0.0) -> Tensor:
     """The definition, one term at a time, in float64."""
     rows = [i for i in range(len(p.ids)) if p.valid[i]]
     total = double(0.0)
@@ -37,7 +45,9 @@ def loop_info_nce(p: Pairs, scale: Tensor, bias: Tensor, duplicates: str) -> Ten
             score = {j: scale * query[i] @ gallery[j] + bias for j in rows if j not in left_out}
             log_sum = torch.stack([value.exp() for value in score.values()]).sum().log()
             positives = [i, *(j for j in others if j not in left_out)]
-            total = total - sum((score[j] - log_sum for j in positives), double(0.0)) / len(positives)
+            of_positives = sum((score[j] - log_sum for j in positives), double(0.0)) / len(positives)
+            of_all = sum((value - log_sum for value in score.values()), double(0.0)) / len(score)
+            total = total - (1 - smoothing) * of_positives - smoothing * of_all
     return total / (2 * max(len(rows), 1))
 
 
@@ -53,7 +63,7 @@ def loop_siglip(p: Pairs, scale: Tensor, bias: Tensor, duplicates: str) -> Tenso
     return total / max(len(rows), 1)
 
 
-LOOPS = {"clip": loop_info_nce, "siglip": loop_siglip}
+LOOPS = {"clip": loop_info_nce, "smoothed": partial(loop_info_nce, smoothing=SMOOTHING), "siglip": loop_siglip}
 CASES = {
     "distinct": pairs(6),
     "shared positives": pairs(7, ids=[0, 1, 0, 3, 1, 0, 6]),
@@ -62,7 +72,7 @@ CASES = {
     "all belong together": pairs(4, ids=[9, 9, 9, 9]),
     "one valid row": pairs(3, valid=[False, True, False]),
 }
-every_loss = pytest.mark.parametrize(("name", "duplicates"), list(product(LOSSES, ("share", "mask"))))
+every_loss = pytest.mark.parametrize(("name", "duplicates"), list(product(NAMES, ("share", "mask"))))
 
 
 def autograd(loss_of: Callable[..., Tensor], p: Pairs, log_scale: float, bias: float) -> tuple[Tensor, ...]:
@@ -107,7 +117,7 @@ def on_parts(loss: Loss, whole: Pairs, slices: list[slice], scale: float, bias: 
 def test_a_loss_is_its_definition_in_value_and_gradients(name, duplicates, case, log_scale):
     p = CASES[case]
     expected = autograd(lambda q, scale, bias: LOOPS[name](q, scale, bias, duplicates), p, log_scale, -2.0)
-    assert_close(parts(alone(build_loss(name, duplicates), p, math.exp(log_scale))), expected)
+    assert_close(parts(alone(make_loss(name, duplicates), p, math.exp(log_scale))), expected)
 
 
 @pytest.mark.parametrize("duplicates", ["share", "mask"])
@@ -117,6 +127,18 @@ def test_info_nce_of_distinct_pairs_is_open_clips_loss(duplicates):
     p = pairs(9)
     expected = autograd(lambda q, scale, bias: ClipLoss()(q.image, q.text, scale, bias), p, 2.0, -2.0)
     assert_close(parts(alone(build_loss("clip", duplicates), p, math.exp(2))), expected)
+
+
+@pytest.mark.parametrize("duplicates", ["share", "mask"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_label_smoothing_of_distinct_pairs_is_torchs(duplicates, smoothing):
+    def of_torch(q: Pairs, scale: Tensor, bias: Tensor) -> Tensor:
+        logits, labels = scale * q.image @ q.text.T, torch.arange(len(q.ids))
+        return sum(F.cross_entropy(side, labels, label_smoothing=smoothing) for side in (logits, logits.T)) / 2
+
+    p = pairs(9)
+    expected = autograd(of_torch, p, 2.0, -2.0)
+    assert_close(parts(alone(build_loss("clip", duplicates, smoothing), p, math.exp(2))), expected)
 
 
 @pytest.mark.parametrize("duplicates", ["share", "mask"])
@@ -131,7 +153,7 @@ def test_siglip_of_distinct_pairs_is_open_clips_loss(duplicates):
 @every_loss
 @pytest.mark.parametrize("case", ["shared positives", "shared and invalid"])
 def test_the_parts_of_ranks_are_rows_and_summands_of_the_whole(name, duplicates, case):
-    loss, whole = build_loss(name, duplicates), CASES[case]
+    loss, whole = make_loss(name, duplicates), CASES[case]
     expected = alone(loss, whole, 10.0)
     found = on_parts(loss, whole, [slice(0, 2), slice(2, 3), slice(3, len(whole.ids))], 10.0, -2.0)
     assert_close(torch.cat([part.image for part in found]), expected.image)
@@ -142,7 +164,7 @@ def test_the_parts_of_ranks_are_rows_and_summands_of_the_whole(name, duplicates,
 
 @every_loss
 def test_tiles_do_not_change_the_result(name, duplicates, monkeypatch):
-    loss, p = build_loss(name, duplicates), pairs(200, ids=[i // 3 for i in range(200)])
+    loss, p = make_loss(name, duplicates), pairs(200, ids=[i // 3 for i in range(200)])
     whole = alone(loss, p, 20.0)
     monkeypatch.setattr(losses, "TILE_ELEMENTS", 1)  # the narrowest tiles: 64 columns
     assert_close(parts(alone(loss, p, 20.0)), parts(whole))
@@ -154,12 +176,12 @@ def test_shared_counts_the_rows_with_several_valid_positives(name, duplicates):
     expected = sum(
         any(i != j and p.valid[j] and p.ids[i] == p.ids[j] for j in range(6)) for i in range(6) if p.valid[i]
     )
-    assert alone(build_loss(name, duplicates), p, 1.0).shared == expected == 4
+    assert alone(make_loss(name, duplicates), p, 1.0).shared == expected == 4
 
 
 @every_loss
 def test_a_batch_without_valid_pairs_has_no_loss_and_no_gradient(name, duplicates):
-    found = alone(build_loss(name, duplicates), pairs(3, valid=[False] * 3), 5.0)
+    found = alone(make_loss(name, duplicates), pairs(3, valid=[False] * 3), 5.0)
     assert not any(part.any() for part in parts(found)) and found.shared == 0
 
 
@@ -168,7 +190,7 @@ def test_a_batch_without_valid_pairs_has_no_loss_and_no_gradient(name, duplicate
 def test_rows_without_finite_features_are_named_and_spoil_the_loss(name, duplicates, bad):
     p = pairs(4)
     p.text[2, 5] = bad
-    found = alone(build_loss(name, duplicates), p, 5.0)
+    found = alone(make_loss(name, duplicates), p, 5.0)
     assert found.finite.tolist() == [True, True, False, True] and not found.loss.isfinite()
 
 
@@ -176,6 +198,30 @@ def test_rows_without_finite_features_are_named_and_spoil_the_loss(name, duplica
 def test_an_unknown_loss_is_refused_with_those_there_are(name, duplicates):
     with pytest.raises(ValueError, match=r"loss\.(name='triplet'.*clip.*siglip|duplicates='drop'.*share.*mask)"):
         build_loss(name, duplicates)
+    with pytest.raises(ValueError, match=r"loss\.label_smoothing=0\.1 would be ignored"):
+        build_loss("siglip", "share", 0.1)
+
+
+def test_the_start_of_a_sigmoid_loss_says_of_each_pair_what_the_softmax_said():
+    """exp(s) / (exp(s) + sum of the others') is the sigmoid of s less the logarithm of that sum."""
+    p, scale = pairs(7), double(5.0)
+    logits = scale * p.image @ p.text.T
+    others = logits.masked_fill(torch.eye(7, dtype=torch.bool), -torch.inf)
+    sums = [others.logsumexp(dim=1), others.logsumexp(dim=0)]
+    assert_close((logits.diagonal() - sums[0]).sigmoid(), logits.softmax(dim=1).diagonal())
+    assert_close(bias_of_softmax(p, scale), -torch.cat(sums).mean())
+
+
+def test_that_start_leaves_out_positives_and_what_is_not_valid_and_is_the_log_odds_where_nothing_is_known():
+    p = CASES["shared and invalid"]
+    rows = [i for i in range(6) if p.valid[i]]
+    logits, found = double(3.0) * p.image @ p.text.T, []
+    for side in (logits, logits.T):
+        for i in rows:
+            others = [side[i, j] for j in rows if p.ids[j] != p.ids[i]]
+            found.append(torch.stack(others).logsumexp(0))
+    assert_close(bias_of_softmax(p, double(3.0)), -torch.stack(found).mean())
+    assert_close(bias_of_softmax(pairs(9), double(0.0)), double(-math.log(8)))
 
 
 def test_scores_of_identical_features_at_the_largest_scale_stay_finite():
@@ -190,7 +236,7 @@ def test_scores_of_identical_features_at_the_largest_scale_stay_finite():
 @every_loss
 def test_every_case_has_both_directions(name, duplicates):
     """Swapping the sides swaps the gradients and leaves the loss."""
-    loss = build_loss(name, duplicates)
+    loss = make_loss(name, duplicates)
     for p, scale in product(CASES.values(), (1.0, 30.0)):
         one, other = alone(loss, p, scale), alone(loss, Pairs(p.text, p.image, p.ids, p.valid), scale)
         assert_close((one.loss, one.image, one.text), (other.loss, other.text, other.image))
@@ -229,9 +275,9 @@ def growth(sizes: list[int], peaks: list[int]) -> float:
 
 
 @pytest.mark.process  # no processes, but 67 million scores in both directions
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_memory_grows_with_the_batch_and_not_with_its_square(name):
-    scale, bias, loss = torch.tensor(10.0), torch.tensor(-10.0), build_loss(name, "mask")
+    scale, bias, loss = torch.tensor(10.0), torch.tensor(-10.0), make_loss(name, "mask")
     sizes, few = [1 << k for k in range(10, 17)], [1 << k for k in range(10, 14)]
 
     def ours(local: Pairs, everyone: Pairs) -> LocalGradients:

@@ -23,7 +23,8 @@ from clipft.model.load import build
 from clipft.model.names import architecture_cfg
 
 BATCH = 11
-KINDS = [("clip", "share"), ("clip", "mask"), ("siglip", "share"), ("siglip", "mask")]
+KINDS = [("clip", "share"), ("clip", "mask"), ("siglip", "share"), ("siglip", "mask"), ("smoothed", "mask")]
+SMOOTHING = {"smoothed": 0.2}  # loss.label_smoothing of clip
 every_loss = pytest.mark.parametrize(("name", "duplicates"), KINDS)
 
 
@@ -121,10 +122,10 @@ def dense_loss(
     if name == "siglip":
         signs = torch.where(positive, 1, -1)
         return -F.logsigmoid(signs * logits)[counted].sum() / len(ids)
-    logits, weights = logits.masked_fill(~counted, -torch.inf), 1 / positive.sum(dim=1)
-    log_p, log_q = logits.log_softmax(1), logits.T.log_softmax(1)
-    of_positives = (log_p + log_q).masked_fill(~positive, 0)
-    return -(weights[:, None] * of_positives).sum() / (2 * len(ids))
+    logits, share = logits.masked_fill(~counted, -torch.inf), SMOOTHING.get(name, 0.0)
+    target = (1 - share) * positive / positive.sum(1, keepdim=True) + share * counted / counted.sum(1, keepdim=True)
+    both = logits.log_softmax(1) + logits.T.log_softmax(1)
+    return -(target * both.masked_fill(~counted, 0)).sum() / (2 * len(ids))
 
 
 def whole_batch_gradients(case: Case, name: str, duplicates: str) -> dict[str, Tensor]:
@@ -180,7 +181,7 @@ def own_step(
             scale,
             bias,
             case.batch._rows(rank_slice(BATCH, rank(), world())),
-            loss=build_loss(name, duplicates),
+            loss=build_loss("clip" if name in SMOOTHING else name, duplicates, SMOOTHING.get(name, 0.0)),
             with_ids=with_ids,
             batch_size=BATCH,
             micro_batch=micro_batch,
@@ -362,7 +363,7 @@ def test_two_ranks_with_a_frozen_tower_give_the_gradients_of_one_process(tmp_pat
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_ranks_give_the_gradients_of_one_process_on_the_joined_batch(tmp_path, num_ranks, clips):
     for found in on_ranks(num_ranks, tmp_path, all_differences, clips):
-        assert len(found) == (4 + 2) * len(MICRO_BATCHES)
+        assert len(found) == (len(KINDS) + 2) * len(MICRO_BATCHES)
         assert all(value < 1e-5 for each in found for value in each.values()), found
 
 

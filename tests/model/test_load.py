@@ -158,7 +158,7 @@ def test_a_new_bias_is_in_the_model_in_its_description_and_in_what_plain_open_cl
 
     clip = build("micro", {**MICRO, "custom_text": custom_text}, {})
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    add_bias(clip, 33)
+    assert add_bias(clip, 33, keep_scale=False)
     assert (
         math.isclose(clip.model.logit_bias.item(), -math.log(32), rel_tol=1e-6) and clip.model.logit_bias.requires_grad
     )
@@ -177,14 +177,16 @@ def test_a_new_bias_is_in_the_model_in_its_description_and_in_what_plain_open_cl
 
 def test_a_new_bias_makes_the_odds_of_a_pair_those_of_chance():
     clip = build("micro", MICRO, {})
-    add_bias(clip, 64)
+    before = clip.model.logit_scale.item()
+    add_bias(clip, 64, keep_scale=True)
+    assert clip.model.logit_scale.item() == before
     assert math.isclose(clip.model.logit_bias.sigmoid().item(), 1 / 64, rel_tol=1e-6)
 
 
 def test_a_model_with_a_bias_keeps_it_and_its_scale():
     clip = build("micro", {**MICRO, "init_logit_scale": 3.0, "init_logit_bias": -9.0}, {})
     before = description(clip)
-    add_bias(clip, 64)
+    assert not add_bias(clip, 64, keep_scale=False)
     assert (clip.model.logit_scale.item(), clip.model.logit_bias.item()) == (3.0, -9.0)
     assert description(clip) == before and not clip.notes
 
