@@ -279,6 +279,8 @@ class TrainConfig:
     """Passes over the training images."""
     max_steps: int | None = None
     """Stop after this many steps instead of after train.epochs."""
+    patience: int | None = None
+    """End the run when eval.select has not improved in so many validations in a row; null: never before its end."""
     seed: int = 0
     """Order, captions, augmentation and random weights follow from it."""
     batch_norm: str = "frozen"
@@ -295,6 +297,7 @@ class TrainConfig:
             train__micro_batch=self.micro_batch,
             train__epochs=self.epochs,
             train__max_steps=self.max_steps,
+            train__patience=self.patience,
             train__max_skipped=self.max_skipped,
         )
         one_of("train.batch_norm", self.batch_norm, ("frozen", "train"))

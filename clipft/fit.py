@@ -91,6 +91,7 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
         validate=validate,
         validate_first=config.eval.base and not found.step,
         select=config.eval.select,
+        patience=config.train.patience,
         best_is_lost=not found.best,
         lag=host_lag(ranks),
     )
@@ -111,7 +112,7 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
     saver.finish()
     late = [reason for reason in all_objects(stop.received) if reason]  # while the last step was measured or saved
     stop.agreed = stop.agreed or (late[0] if late else "")
-    if not stop.agreed and module.step < job.steps.total:
+    if not stop.agreed and not after.gave_up and module.step < job.steps.total:
         raise RuntimeError(f"training ended at step {module.step} of {job.steps.total}, and nobody had asked for it")
     if stop.agreed:
         journal.print(
@@ -121,6 +122,13 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
         tell(stopped=module.step)
     meet(ranks)  # the others read what the first has written
     return bool(stop.agreed)
+
+
+def is_over(config: Config, steps: Steps, found: Found) -> bool:
+    """Whether the state that was found is the run's last: at its end, or at that of its patience."""
+    counts = found.best and found.said.get("select") == config.eval.select  # else they are those of something else
+    patience = config.train.patience
+    return found.step >= steps.total or (patience is not None and counts and found.said["since_best"] >= patience)
 
 
 def build_plan(job: Job) -> Plan:
@@ -188,6 +196,16 @@ def identity(job: Job) -> str:
     """What the slots of the run are filled with."""
     data, steps = job.meta["fingerprint"]["train"], job.steps
     return f"{data}, {steps.num_units} units, {steps.per_epoch} steps of {job.config.train.batch_size} an epoch"
+
+
+def ending(job: Job) -> dict[str, Any]:
+    """What results.json says of a run that ended before its last step; nothing of one that did not."""
+    said, config = said_by(job.folder / "checkpoints" / "last.ckpt"), job.config
+    if said["step"] >= job.steps.total:
+        return {}
+    why = f"val {config.eval.select} had not improved in {said['since_best']} validations"
+    ended = {"step": said["step"], "of": job.steps.total, "best_step": said["best_step"]}
+    return {"ended_early": {**ended, "reason": f"{why} (train.patience={config.train.patience})"}}
 
 
 def account_of(job: Job) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from clipft.data.augment import build_augment
 from clipft.data.sample import image_of
 from clipft.data.split import load_splits
 from clipft.files import replace_file
-from clipft.fit import Job, account_of, fit, set_bias, towers_of
+from clipft.fit import Job, account_of, ending, fit, is_over, set_bias, towers_of
 from clipft.judge.evaluate import build_task, judge
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
@@ -94,10 +94,11 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     loggers = build_loggers(config, folder) if ranks.first else []
     if config.eval.base and first_to_all(ranks, lambda: "base" not in read_results(folder)):
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
-    if found.step < steps.total and fit(job, validate, found, loggers, stop):
+    if not is_over(config, steps, found) and fit(job, validate, found, loggers, stop):
         if ranks.first:
             write_results(folder, read_results(folder) | {"meta": meta | {"ledger": account_of(job)}})
         return STOPS[stop.agreed]
+    meta |= ending(job)
     evaluations = []
     for name in ("last", "best"):
         path = folder / "checkpoints" / f"{name}.ckpt"
@@ -116,7 +117,7 @@ def enter(config: Config, folder: Path, clip: Clip, steps: Steps) -> Found:
     clean(folder)
     clean(folder / "checkpoints")
     found = find_state(folder / "checkpoints", clip.model)
-    if found.step >= steps.total:  # nothing more will be saved
+    if is_over(config, steps, found):  # nothing more will be saved
         return found
     there = len(saved_steps(folder / "checkpoints"))
     return replace(found, notes=[*found.notes, *check_disk(folder, clip, config.checkpoint.keep, there)])

@@ -255,6 +255,46 @@ def test_a_sigmoid_loss_on_a_trained_base_starts_where_its_softmax_stood_on_one_
     assert f"new logit_bias of {biases[0].item():.2f} beside its scale" in (one / "log.txt").read_text()
 
 
+def test_a_run_ends_when_validations_do_not_improve_also_after_kills_and_on_two_ranks(root, tmp_path, monkeypatch):
+    """Under a rate that moves nothing the first validation is the best: three validations later it is over."""
+    options = ["optim.lr=1e-9", "train.max_steps=20", "train.patience=3", "eval.every=2", "checkpoint.every=3"]
+    calm = make_config(root, "name=patient", *options)
+    code, path = train_here(calm)
+    meta, rows = read_results(path)["meta"], read_rows(path / "metrics.csv")
+    assert code == 0 and len(rows) == saved_step(path / "checkpoints" / "last.ckpt") == 8
+    assert meta["finished"] and meta["ended_early"]["step"] == 8 and meta["ended_early"]["best_step"] == 2
+    assert meta["ended_early"]["reason"].endswith("not improved in 3 validations (train.patience=3)")
+    assert meta["ledger"]["used"] == 8 * 8 and meta["ledger"]["not_reached"] == 2 * 40 - 8 * 8
+    assert "Ended at step 8 of 20: val mean_recall@1 has not improved in 3" in (path / "log.txt").read_text()
+    assert settle(resolve(calm)).state == "finished"
+
+    killed = replace(calm, name="patient-killed")
+    for step in (3, 7):  # between validations, and after the second that was no better
+        assert in_child(lambda step=step: train_and_die(killed, step, signal.SIGKILL)) == -signal.SIGKILL
+    monkeypatch.setattr(run, "load_exactly", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert in_child(lambda: train_here(killed)[0]) == -signal.SIGKILL  # when it had ended, before it was measured
+    monkeypatch.undo()
+    assert in_child(lambda: train_here(killed)[0]) == 0
+    assert outcome(path.with_name("patient-killed")) == outcome(path)
+
+    two = resolve(make_config(root, "name=patient-two", "trainer.devices=2", *options))
+    settle(two)
+    assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
+    assert read_results(path.with_name("patient-two"))["meta"]["ended_early"] == meta["ended_early"]
+
+
+def test_more_patience_lets_a_run_that_had_ended_go_on(root):
+    options = ["optim.lr=1e-9", "train.max_steps=9", "eval.every=1", "eval.base=false"]
+    config = make_config(root, "name=impatient", "train.patience=1", *options)
+    _, path = train_here(config)
+    assert saved_step(path / "checkpoints" / "last.ckpt") == 2
+    more = replace(config, resume="force", train=replace(config.train, patience=4))
+    assert train_here(more)[0] == 0 and read_results(path)["meta"]["ended_early"]["step"] == 5
+    never = replace(config, resume="force", train=replace(config.train, patience=None))
+    assert train_here(never)[0] == 0 and len(read_rows(path / "metrics.csv")) == 9
+    assert "ended_early" not in read_results(path)["meta"]
+
+
 def test_a_base_run_is_measured_again_on_its_own_data(root):
     code, base = train_here(make_config(root, "name=base"))
     other = make_config(root, "name=tuned", f"model.name={base}", "data.name=others", "train.max_steps=2")

@@ -77,6 +77,7 @@ class AfterStep(pl.Callback):
         validate: Validate,
         validate_first: bool,
         select: str,
+        patience: int | None,
         best_is_lost: bool,
         lag: int,
     ):
@@ -85,8 +86,10 @@ class AfterStep(pl.Callback):
         self.ledger, self.skips = ledger, skips
         self.save, self.evaluate = Timer(every.save), Timer(every.evaluate)
         self.validate, self.validate_first, self.select, self.lag = validate, validate_first, select, lag
-        self.best_is_lost = best_is_lost
+        self.patience, self.best_is_lost = patience, best_is_lost
         self.best_step, self.best_value = 0, -math.inf
+        self.since_best = 0  # validations
+        self.gave_up = False  # because of patience
         self.waiting: deque[Sums] = deque()
         self.start = self.end = 0.0
         self.rows = [num_rows(journal.batch_size, each, world()) for each in range(world())]
@@ -96,6 +99,7 @@ class AfterStep(pl.Callback):
     ) -> None:
         state = checkpoint.setdefault("clipft", {})
         state |= {"best_step": self.best_step, "best_value": self.best_value, "select": self.select}
+        state["since_best"] = self.since_best
         state["ledger"] = self.ledger.state_dict()
 
     def on_load_checkpoint(
@@ -104,6 +108,7 @@ class AfterStep(pl.Callback):
         state = checkpoint["clipft"]
         if state["select"] == self.select and not self.best_is_lost:  # else it was the best of something else
             self.best_step, self.best_value = state["best_step"], state["best_value"]
+            self.since_best = state["since_best"]
         self.ledger.load_state_dict(state["ledger"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,14 +146,14 @@ class AfterStep(pl.Callback):
         if evaluate or save:  # a saved state has all its rows on disk
             reason = self._read(leave=0).stop or reason
         improved = evaluate and self._validate(pl_module, record.step)
+        self.gave_up = evaluate and self._lost_patience(record.step, last)
         self.journal.write(self.ledger.line())
-        if save or improved:
+        if save or improved or self.gave_up:
             self.ledger.meet()
             trainer.save_checkpoint(step_path(self.folder, record.step))
             self.save.restart()
-        if reason and (save or improved):
-            self.stop.agreed = reason
-            trainer.should_stop = True
+            self.stop.agreed = reason or self.stop.agreed
+            trainer.should_stop = bool(reason) or self.gave_up
         tell(step=record.step)
         self.end = time.perf_counter()
 
@@ -199,12 +204,23 @@ class AfterStep(pl.Callback):
         self.evaluate.restart()
         value = select_value(metrics, self.select)
         improved = value > self.best_value
+        self.since_best = 0 if improved else self.since_best + 1
         if improved:
             self.best_step, self.best_value = step, value
         self.journal.validation(
             step, metrics, f"{self.select} {value:.4f}", f"{self.best_value:.4f} at {self.best_step}"
         )
         return improved
+
+    def _lost_patience(self, step: int, last: bool) -> bool:
+        """Whether the run ends here for want of a better validation; all ranks have the same metrics."""
+        lost = self.patience is not None and self.since_best >= self.patience and not last
+        if lost:
+            self.journal.print(
+                f"Ended at step {step} of {self.journal.num_steps}: val {self.select} has not improved in "
+                f"{self.since_best} validations (train.patience={self.patience})."
+            )
+        return lost
 
 
 def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -75,7 +75,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises half a dozen types for what is not its own
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{path} is none of our training states ({type(error).__name__}: {reason}).") from error
-    if missing := {"step", "best_step", "best_value", "select", "ledger"} - state["clipft"].keys():
+    if missing := {"step", "best_step", "best_value", "since_best", "select", "ledger"} - state["clipft"].keys():
         raise ValueError(f"{path} was written by another version of clipft: it has no {', '.join(sorted(missing))}.")
     return state
 
@@ -100,6 +100,8 @@ class Found:
     """What was found damaged, and what is used in its place."""
     best: bool = True
     """Whether best.ckpt can be used, where there should be one."""
+    said: dict[str, Any] = field(default_factory=dict)
+    """What the state says of itself."""
 
 
 def find_state(folder: Path, model: nn.Module) -> Found:
@@ -157,7 +159,8 @@ def go_on_from(path: Path, state: dict[str, Any], best_step: int | None, problem
     best_is_there = best_step is not None and state["best_step"] in (0, best_step)
     if not best_is_there:
         point(folder, "best", path)
-    return Found(state["step"], str(path), notes, best_is_there or state["best_step"] in (0, state["step"]))
+    best = best_is_there or state["best_step"] in (0, state["step"])
+    return Found(state["step"], str(path), notes, best, state)
 
 
 def said_by(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def state(step: int, value: float = 1.0, best_step: int = 0) -> dict:
             "step": step,
             "best_step": best_step,
             "best_value": 0.5,
+            "since_best": 0,
             "select": "mean_recall@1",
             "ledger": {"used": 8 * step, "dropped": {}},
         },
