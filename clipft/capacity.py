@@ -12,7 +12,7 @@ from clipft.config import Config
 from clipft.data.loader import Batch
 from clipft.data.order import largest_share
 from clipft.files import replace_file
-from clipft.learn.memory import is_out_of_memory, largest_that_fits
+from clipft.learn.memory import is_out_of_memory, kept_beside, largest_that_fits
 from clipft.learn.module import train_mode
 from clipft.learn.step import Towers
 from clipft.model.load import Clip
@@ -29,7 +29,7 @@ def choose_micro_batch(config: Config, folder: Path, ranks: Ranks, clip: Clip, t
     share = largest_share(config.train.batch_size, ranks.world)
     if config.train.micro_batch is not None:
         return min(config.train.micro_batch, share)
-    found = torch.tensor(remembered(folder, place(config, ranks)) or tried(share, ranks, clip, towers))
+    found = torch.tensor(remembered(folder, place(config, ranks)) or tried(share, config, ranks, clip, towers))
     if ranks.world > 1:
         found = found.to(ranks.device)
         dist.all_reduce(found, dist.ReduceOp.MIN)
@@ -66,12 +66,13 @@ def remember(folder: Path, here: dict[str, Any], pairs: int) -> None:
     replace_file(folder / REMEMBERED, json.dumps({"micro_batch": pairs, "conditions": here}, indent=1) + "\n")
 
 
-def tried(share: int, ranks: Ranks, clip: Clip, towers: Towers) -> int:
-    """The most pairs that fit beside weights, gradients and AdamW's moments."""
-    trainable = sum(parameter.nbytes for parameter in clip.model.parameters() if parameter.requires_grad)
+def tried(share: int, config: Config, ranks: Ranks, clip: Clip, towers: Towers) -> int:
+    """The most pairs that fit beside weights, gradients and what the optimizer keeps."""
     reserve = 0
     if ranks.device.type == "cuda":
-        reserve = 2 * trainable + int(BALLAST * torch.cuda.get_device_properties(ranks.device).total_memory)
+        reserve = FLOAT_BYTES * kept_beside(config, clip.model) + int(
+            BALLAST * torch.cuda.get_device_properties(ranks.device).total_memory
+        )
     ballast = torch.empty(reserve, dtype=torch.uint8, device=ranks.device)
 
     def try_pairs(pairs: int) -> None:
@@ -124,16 +125,15 @@ def out_of_memory(error: BaseException, config: Config, folder: Path, ranks: Ran
     )
 
 
-def state_bytes(clip: Clip) -> int:
-    """Size of a saved state: weights, and two moments of those that are trained."""
+def state_bytes(config: Config, clip: Clip) -> int:
+    """Size of a saved state: weights, and what is kept beside them."""
     weights = sum(value.numel() for value in clip.model.state_dict().values())
-    trainable = sum(parameter.numel() for parameter in clip.model.parameters() if parameter.requires_grad)
-    return FLOAT_BYTES * (weights + 2 * trainable)
+    return FLOAT_BYTES * (weights + kept_beside(config, clip.model))
 
 
-def check_disk(folder: Path, clip: Clip, keep: int, num_there: int) -> list[str]:
+def check_disk(config: Config, folder: Path, clip: Clip, num_there: int) -> list[str]:
     """Raises where not even one state fits on the disk; a note where those that are to be kept may not."""
-    size, free = state_bytes(clip), shutil.disk_usage(folder).free
+    size, free, keep = state_bytes(config, clip), shutil.disk_usage(folder).free, config.checkpoint.keep
     wanted = (keep + 2 - num_there) * size  # best.ckpt, and the one that is being written
     if free < size * 1.1:
         raise ValueError(

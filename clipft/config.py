@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+ADAMW = "adamw"
+OF_ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6}  # where null; CLIP, table 19
 DURATION_S = {"s": 1, "min": 60, "h": 3600}
 RECALLS = tuple(f"{side}_recall@{k}" for side in ("mean", "text_to_image", "image_to_text") for k in (1, 5, 10))
 ZERO_SHOTS = ("zero_shot_top1", "zero_shot_top5", "zero_shot_mean_per_class")
@@ -242,16 +244,20 @@ class LossConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
+    name: str = ADAMW
+    """adamw (fused), or an optimizer of timm: lion, lamb, adopt, muon, ..."""
     lr: float | None = None
-    """Peak learning rate of AdamW; null: 1e-5, or a tenth of what a run directory was trained with if that is more."""
+    """Peak learning rate; null (adamw): 1e-5, or a tenth of what a run directory was trained with if that is more."""
     weight_decay: float = 0.1
     """Decay of parameters with two or more axes, as in open_clip; biases, gains and the scale have none."""
-    beta1: float = 0.9
-    """AdamW's decay of the mean gradient."""
-    beta2: float = 0.98
-    """AdamW's decay of the squared gradient (CLIP, table 19)."""
-    eps: float = 1e-6
-    """AdamW's eps (CLIP, table 19)."""
+    beta1: float | None = None
+    """Decay of the mean gradient; null: 0.9 for adamw, else the optimizer's own."""
+    beta2: float | None = None
+    """Decay of the squared gradient; null: 0.98 for adamw (CLIP, table 19), else the optimizer's own."""
+    eps: float | None = None
+    """Added to a denominator; null: 1e-6 for adamw (CLIP, table 19), else the optimizer's own."""
+    momentum: float | None = None
+    """Decay of the sum of gradients, for optimizers such as sgd and muon; null: timm's 0.9."""
     schedule: str = "cosine"
     """cosine (to zero) or constant, after the warm-up."""
     warmup_frac: float = 0.1
@@ -260,10 +266,12 @@ class OptimConfig:
     """Clip of the gradient's global norm."""
 
     def __post_init__(self):
+        self.name = self.name.lower()
         positive(optim__lr=self.lr, optim__eps=self.eps, optim__max_norm=self.max_norm)
         one_of("optim.schedule", self.schedule, ("cosine", "constant"))
-        for key, value in (("beta1", self.beta1), ("beta2", self.beta2), ("warmup_frac", self.warmup_frac)):
-            if not 0 <= value < 1:
+        for key in ("beta1", "beta2", "momentum", "warmup_frac"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 1:
                 raise ValueError(f"optim.{key}={value} must be at least 0 and less than 1.")
         if self.weight_decay < 0:
             raise ValueError(f"optim.weight_decay={self.weight_decay} must be 0 or more.")

@@ -19,6 +19,7 @@ from clipft.data.order import Order, Shuffle, largest_share
 from clipft.data.pairs import Units, build_units
 from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
+from clipft.learn.optimizer_names import check_optimizer
 from clipft.model.names import check_model, kind_of
 from clipft.rundir import load_config
 
@@ -45,6 +46,7 @@ class Steps:
 def resolve(config: Config) -> Config:
     """The config with what depends on its base filled in; raises for all that cannot work."""
     check_model(config.model)
+    check_optimizer(config.optim)
     splits = load_splits(config.data)
     other_data(config)
     check_captions(splits, config.loss.group)
@@ -179,12 +181,14 @@ def plan_lines(
     done: int,
 ) -> list[str]:
     """What is about to happen, for the terminal."""
+    from clipft.learn.memory import kept_beside
     from clipft.model.tune import tune_table
 
     batch, share = config.train.batch_size, largest_share(config.train.batch_size, ranks.world)
     parameters = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in parameters)
     total = sum(parameter.numel() for parameter in clip.model.parameters())
+    gigabytes = 4 * (total + trainable + kept_beside(config, clip.model)) / 1e9
     sizes = ", ".join(f"{name} {len(part):,}" for name in ("train", "val", "test") if (part := getattr(splits, name)))
     assert config.optim.lr is not None
     table = tune_table(clip.model, multipliers, config.optim.lr)
@@ -202,7 +206,7 @@ def plan_lines(
         f"steps   {steps.total:,} of {batch} pairs, {'' if isinstance(order, Mix) else f'{epoch}, '}"
         f"warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
         f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
-        f"memory  {4 * (total + 3 * trainable) / 1e9:.2f} GB a device for weights, gradients, AdamW; plus activations",
+        f"memory  {gigabytes:.2f} GB a device for weights, gradients and {config.optim.name}, plus activations",
         f"text    {'cut after the longest caption of a batch (exact for this tower)' if trim else 'full length'}",
     ]
     return lines

@@ -25,6 +25,7 @@ from clipft.judge.table import print_results
 from clipft.learn.checkpoint import Found, clean, find_state, saved_steps
 from clipft.learn.loggers import build_loggers, each_guarded, log_end
 from clipft.learn.module import freeze_fixed
+from clipft.learn.optimizer import check_trained_by, parameter_groups, trained_by
 from clipft.learn.stop import STOPS, StopRequest
 from clipft.measure import (
     build_measure,
@@ -70,7 +71,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     meta = describe_run(config, splits, order, steps, clip)
     if ranks.world > 1:  # the checksum reads all weights
         check_alike(facts(config, meta, clip.model))
-    found = first_to_all(ranks, lambda: enter(config, folder, clip, steps))
+    found = first_to_all(ranks, lambda: enter(config, folder, clip, multipliers, steps))
     check_same_data(config, folder, meta, found.step)
     clip.model.to(ranks.device)
     micro = choose_micro_batch(config, folder, ranks, clip, towers_of(clip))
@@ -112,15 +113,18 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     return 0
 
 
-def enter(config: Config, folder: Path, clip: Clip, steps: Steps) -> Found:
-    """Cleans up after a kill, finds the state to go on from, looks for room on the disk."""
+def enter(config: Config, folder: Path, clip: Clip, multipliers: dict[str, float], steps: Steps) -> Found:
+    """Cleans up after a kill, finds the state to go on from, looks whether it fits and for room on the disk."""
     clean(folder)
     clean(folder / "checkpoints")
     found = find_state(folder / "checkpoints", clip.model)
     if is_over(config, steps, found):  # nothing more will be saved
         return found
+    if found.said:
+        now = trained_by(config.optim, parameter_groups(clip.model, config.optim, multipliers))
+        check_trained_by(folder, found.said["trained_by"], now)
     there = len(saved_steps(folder / "checkpoints"))
-    return replace(found, notes=[*found.notes, *check_disk(folder, clip, config.checkpoint.keep, there)])
+    return replace(found, notes=[*found.notes, *check_disk(config, folder, clip, there)])
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:

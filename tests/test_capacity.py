@@ -11,7 +11,7 @@ from small import RESNET_CFG, make_config, make_model
 
 from clipft import capacity
 from clipft.capacity import check_disk, choose_micro_batch, out_of_memory, place, remember, state_bytes
-from clipft.config import Config, ModelConfig, TrainConfig
+from clipft.config import Config, ModelConfig, OptimConfig, TrainConfig
 from clipft.learn.gather import rank
 from clipft.learn.step import Tower, Towers
 from clipft.model.load import Clip, load_model
@@ -108,13 +108,34 @@ def test_a_damaged_memory_of_the_last_start_is_ignored(clip, tmp_path):
 
 
 def test_a_disk_without_room_for_a_state_is_refused_and_a_tight_one_named(clip, tmp_path, monkeypatch):
-    disk, size = namedtuple("disk", "total used free"), state_bytes(clip)
+    disk, config = namedtuple("disk", "total used free"), asked(tmp_path)
+    size = state_bytes(config, clip)
     parameters = sum(parameter.numel() for parameter in clip.model.parameters())
     buffers = sum(value.numel() for value in clip.model.state_dict().values()) - parameters
     assert size == 4 * (3 * parameters + buffers)
     for free, num_there, notes in ((10 * size, 0, 0), (3 * size, 0, 1), (3 * size, 2, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: disk(0, 0, free))
-        assert len(check_disk(tmp_path, clip, keep=2, num_there=num_there)) == notes
+        assert len(check_disk(config, tmp_path, clip, num_there=num_there)) == notes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(0, 0, size))
     with pytest.raises(ValueError, match=r"runs_dir: .* one saved state needs"):
-        check_disk(tmp_path, clip, keep=2, num_there=0)
+        check_disk(config, tmp_path, clip, num_there=0)
+
+
+def test_a_frozen_tower_leaves_room_in_memory_and_in_states(tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "model")
+    clip = load_model(ModelConfig(name=str(folder), pretrained=None), seed=0)
+    config, whole = asked(tmp_path), state_bytes(asked(tmp_path), clip)
+    monkeypatch.setattr("clipft.learn.memory.host_memory", lambda: 2e5)
+    fits = choose_micro_batch(config, tmp_path / "model", ONE, clip, towers(clip))
+    clip.model.visual.requires_grad_(False)
+    image = sum(parameter.numel() for parameter in clip.model.visual.parameters())
+    assert state_bytes(config, clip) == whole - 4 * 2 * image
+    locked = replace(towers(clip), image=replace(towers(clip).image, trained=False))
+    assert choose_micro_batch(config, tmp_path, ONE, clip, locked) > fits
+    lion = replace(config, optim=OptimConfig(name="lion"))
+    text = sum(parameter.numel() for parameter in clip.model.parameters()) - image
+    assert state_bytes(config, clip) - state_bytes(lion, clip) == 4 * text
+    clip.model.requires_grad_(False)
+    (tmp_path / "runs").mkdir()
+    nothing = Towers(replace(locked.image), replace(locked.text, trained=False))
+    assert choose_micro_batch(config, tmp_path / "runs", ONE, clip, nothing) == 8

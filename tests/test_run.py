@@ -4,6 +4,7 @@ import inspect
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from shards import jpeg, pairs, write_tar
 from small import RESNET_CFG, make_config, make_data, make_model, outcome, train_here
 
 from clipft import fit, run
-from clipft.config import Config, ExportConfig
+from clipft.config import Config, ExportConfig, OptimConfig
 from clipft.learn.after_step import AfterStep
-from clipft.learn.checkpoint import saved_step
+from clipft.learn.checkpoint import saved_step, step_path
 from clipft.learn.losses import chance_loss
 from clipft.learn.metrics_file import read_rows
 from clipft.learn.module import ContrastiveModule
@@ -423,6 +424,56 @@ def test_a_run_under_the_sigmoid_loss_resumes_evaluates_and_exports(root, tmp_pa
     exported = load_file(tmp_path / "out" / "open_clip_model.safetensors")
     best = torch.load(path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(exported["logit_bias"], best["logit_bias"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "lamb", "sgd", "muon"])
+def test_a_step_that_is_left_out_moves_neither_weights_nor_the_optimizer(root, monkeypatch, name):
+    """Steps 1 and 4 have a gradient that is not a number; states are saved after each step."""
+    step = ContrastiveModule.training_step
+
+    def spoiled(self, batch, batch_idx):
+        handle = self.logit_scale.register_hook(lambda gradient: gradient * (math.nan if self.step in (0, 3) else 1))
+        step(self, batch, batch_idx)
+        handle.remove()
+
+    monkeypatch.setattr(ContrastiveModule, "training_step", spoiled)
+    options = [f"optim.name={name}", "optim.lr=1e-3", "checkpoint.every=1", "checkpoint.keep=9", "eval.every=9"]
+    code, path = train_here(make_config(root, f"name=skips-{name}", "eval.base=false", *options))
+    assert code == 0
+    assert [float(row["train/skipped"]) for row in read_rows(path / "metrics.csv")] == [1, 0, 0, 1, 0, 0]
+    states = [torch.load(step_path(path / "checkpoints", n), weights_only=True) for n in range(1, 7)]
+    start = load_file(root / "model" / "open_clip_model.safetensors")
+    assert all(torch.equal(value, states[0]["state_dict"][key]) for key, value in start.items())
+    third, fourth, fifth = (rateless(state) for state in states[2:5])
+    torch.testing.assert_close(fourth, third, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(fifth, fourth, rtol=0, atol=0)
+
+
+def rateless(state: dict[str, Any]) -> list[Any]:
+    """Weights, moments and what else the optimizer counts, without the rate of the step."""
+    optimizer = state["optimizer_states"][0]
+    counts = [{key: value for key, value in group.items() if key == "step"} for group in optimizer["param_groups"]]
+    return [state["state_dict"], optimizer["state"], counts]
+
+
+def test_a_run_that_goes_on_under_another_decay_decays_by_it_and_under_other_rules_is_refused(root):
+    config = make_config(root, "name=forced", "train.max_steps=3", "optim.weight_decay=0")
+    _, path = train_here(config)
+    steps = replace(config.train, max_steps=5)
+    more = replace(config, resume="force", train=steps, optim=replace(config.optim, weight_decay=50.0))
+    norms = []
+    for one in (replace(config, resume="force", train=steps), more):
+        shutil.copytree(path, path.with_name("forced-copy"))
+        assert train_here(replace(one, name="forced-copy"))[0] == 0
+        norms.append(saved(path.with_name("forced-copy"))["state_dict"]["token_embedding.weight"].norm())
+        shutil.rmtree(path.with_name("forced-copy"))
+    assert norms[1] < 0.8 * norms[0]
+    with pytest.raises(ValueError, match=r"forced cannot go on under this config.*conv1\.weight is no longer trained"):
+        train_here(replace(config, resume="force", train=steps, tune=make_config(root, LIT).tune))
+    other = replace(config, resume="force", train=steps, optim=OptimConfig(name="lion", lr=1e-3))
+    with pytest.raises(ValueError, match=r"optim\.name adamw -> lion"):
+        train_here(other)
 
 
 def profiled(config: Config) -> dict[str, int]:

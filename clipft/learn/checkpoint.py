@@ -75,7 +75,10 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises half a dozen types for what is not its own
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{path} is none of our training states ({type(error).__name__}: {reason}).") from error
-    if missing := {"step", "best_step", "best_value", "since_best", "select", "ledger"} - state["clipft"].keys():
+    if (
+        missing := {"step", "best_step", "best_value", "since_best", "select", "ledger", "trained_by"}
+        - state["clipft"].keys()
+    ):
         raise ValueError(f"{path} was written by another version of clipft: it has no {', '.join(sorted(missing))}.")
     return state
 

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from clipft.config import Config
+from clipft.learn.optimizer import state_per_weight
 
 CGROUP = Path("/sys/fs/cgroup")
 HOST_SHARE = 0.5  # of the free host memory that activations may take on a CPU; loaders and the loss need some
@@ -36,6 +39,12 @@ def _below_limit(cgroup: Path, limit: str, used: str, cache: str) -> float:
         return max(0.0, float(most) - float(now) + float(lines[cache]))
     except (OSError, ValueError, KeyError):
         return float("inf")
+
+
+def kept_beside(config: Config, model: nn.Module) -> int:
+    """Values that a run keeps beside weights and gradients: the optimizer's, of what is trained."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return int(state_per_weight(config.optim) * trained)
 
 
 def largest_that_fits(share: int, try_pairs: Try, device: torch.device, ranks_here: int) -> int:

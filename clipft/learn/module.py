@@ -6,13 +6,22 @@ from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipft.config import LossConfig, OptimConfig
 from clipft.data.loader import Batch
 from clipft.learn.losses import LocalGradients, Loss
-from clipft.learn.optimizer import build_optimizer, gradient_norm, scale_gradients
+from clipft.learn.optimizer import (
+    build_optimizer,
+    gradient_norm,
+    parameter_groups,
+    scale_gradients,
+    set_options,
+    skips_by_itself,
+    trained_by,
+)
 from clipft.learn.schedule import lr_at
 from clipft.learn.step import Towers, contrastive_backward
 from clipft.model.groups import TOWERS, is_frozen, tower_modules
@@ -82,20 +91,22 @@ class ContrastiveModule(pl.LightningModule):
         self.record: StepRecord | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.optim, self.plan.multipliers)
+        return build_optimizer(self.model, self.optim, self.plan.lr, self.plan.multipliers)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
     def on_train_start(self) -> None:
         self.train_mode()
+        for optimizer in self.trainer.optimizers:
+            set_options(optimizer, self.optim, self.plan.lr)
 
     def train_mode(self) -> None:
         train_mode(self.model, self.plan.train_batch_norm)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=True)
-        assert not isinstance(optimizer, list)
+        assert isinstance(optimizer, LightningOptimizer)
         lr = self._set_lr(optimizer)
         optimizer.zero_grad()
         statistics = [(buffer, buffer.clone()) for buffer in self._statistics()]
@@ -114,16 +125,27 @@ class ContrastiveModule(pl.LightningModule):
         )
         norm = self._clip(self.optim.max_norm)
         skipped = ~torch.isfinite(norm)  # alike on all ranks, because DDP has summed the gradients
-        # Fused AdamW leaves weights, moments and its step count alone where this is 1, and nobody waits for it.
-        # With a scaler (fp16) Lightning sets the same from the scaler's own look at the gradients.
-        optimizer.optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step()
+        self._step(optimizer, skipped)
         for buffer, before in statistics:
             buffer.copy_(torch.where(skipped, before, buffer))
         if self.plan.clamp_scale and self.logit_scale.requires_grad:
             self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         self.step += 1
         self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm, skipped)
+
+    def _step(self, optimizer: LightningOptimizer, skipped: Tensor) -> None:
+        """A step of the optimizer, which leaves weights and its own state alone where `skipped` says so.
+
+        With a scaler (fp16) Lightning finds the same by the scaler's own look at the gradients.
+        """
+        if skips_by_itself(optimizer.optimizer):
+            optimizer.optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
+        elif self._scaler() is None and bool(skipped):  # the others decide on the host, which waits for the device
+            return
+        optimizer.step()
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _statistics(self) -> list[Tensor]:
         """Buffers that a forward pass changes: the statistics of BatchNorm where they are trained."""
@@ -152,7 +174,7 @@ class ContrastiveModule(pl.LightningModule):
         Lightning unscales fp16 gradients only inside optimizer.step, so the loss scale is divided out here; a norm
         that is not finite makes the gradients so too, and the scaler skips the step.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = self._scaler()
         norm = gradient_norm(self.model.parameters())
         if scaler is not None:
             norm = norm / scaler.get_scale()
@@ -161,7 +183,9 @@ class ContrastiveModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = self.model.state_dict()  # under open_clip's names
-        checkpoint.setdefault("clipft", {})["step"] = self.step
+        groups = parameter_groups(self.model, self.optim, self.plan.multipliers)
+        checkpoint.setdefault("clipft", {})
+        checkpoint["clipft"] |= {"step": self.step, "trained_by": trained_by(self.optim, groups)}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}

@@ -34,6 +34,7 @@ def state(step: int, value: float = 1.0, best_step: int = 0) -> dict:
             "since_best": 0,
             "select": "mean_recall@1",
             "ledger": {"used": 8 * step, "dropped": {}},
+            "trained_by": {"name": "adamw", "groups": [["weight"], ["bias"]]},
         },
     }
 
