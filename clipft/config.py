@@ -289,6 +289,8 @@ class TrainConfig:
     """Stop after this many steps instead of after train.epochs."""
     patience: int | None = None
     """End the run when eval.select has not improved in so many validations in a row; null: never before its end."""
+    ema: float | None = None
+    """Decay of a moving average of the weights (0.999), which is what is validated, kept as best and exported."""
     seed: int = 0
     """Order, captions, augmentation and random weights follow from it."""
     batch_norm: str = "frozen"
@@ -308,6 +310,8 @@ class TrainConfig:
             train__patience=self.patience,
             train__max_skipped=self.max_skipped,
         )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"train.ema={self.ema} must be greater than 0 and less than 1.")
         one_of("train.batch_norm", self.batch_norm, ("frozen", "train"))
         limit = parse_every("train.max_time", self.max_time)
         if limit and limit.seconds is None:

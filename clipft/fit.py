@@ -141,6 +141,7 @@ def build_plan(job: Job) -> Plan:
         micro_batch=job.micro_batch,
         lr=config.optim.lr,
         multipliers=job.multipliers,
+        ema=config.train.ema,
         seed=config.train.seed,
         train_batch_norm=config.train.batch_norm == "train",
         clamp_scale=config.loss.name == "clip",

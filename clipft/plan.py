@@ -205,11 +205,20 @@ def plan_lines(
         *(f"{'' if number else 'tune':<8}{line}" for number, line in enumerate(table)),
         f"steps   {steps.total:,} of {batch} pairs, {'' if isinstance(order, Mix) else f'{epoch}, '}"
         f"warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",
+        *average_line(config.train.ema, steps.total),
         f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
         f"memory  {gigabytes:.2f} GB a device for weights, gradients and {config.optim.name}, plus activations",
         f"text    {'cut after the longest caption of a batch (exact for this tower)' if trim else 'full length'}",
     ]
     return lines
+
+
+def average_line(ema: float | None, num_steps: int) -> list[str]:
+    """How far the average reaches, where there is one."""
+    if ema is None:
+        return []
+    what = f"average of the trained weights, about the last {1 / (1 - ema):,.0f} steps"
+    return [f"ema     {what} (the start weighs {ema**num_steps:.1%} of it at the end); validated, measured, exported"]
 
 
 def data_notes(config: Config, order: Order) -> list[str]:

@@ -426,6 +426,70 @@ def test_a_run_under_the_sigmoid_loss_resumes_evaluates_and_exports(root, tmp_pa
     assert torch.equal(exported["logit_bias"], best["logit_bias"])
 
 
+def test_averages_are_validated_saved_measured_and_exported_and_training_goes_on_without_them(root, tmp_path):
+    every = ["checkpoint.every=1", "checkpoint.keep=9", "eval.every=3", f"data.test={root}/data/packed/val-00000.tar"]
+    _, plain = train_here(make_config(root, "name=without", *every))
+    code, path = train_here(make_config(root, "name=averaged", "train.ema=0.7", *every))
+    assert code == 0
+    average = load_file(root / "model" / "open_clip_model.safetensors")
+    for step in range(1, 7):
+        state, other = (torch.load(step_path(p / "checkpoints", step), weights_only=True) for p in (path, plain))
+        assert "raw_state_dict" not in other
+        for name, value in other["state_dict"].items():
+            assert torch.equal(state["raw_state_dict"][name], value), (step, name)
+            average[name] = average[name].lerp(value, 1 - 0.7)
+            assert torch.equal(state["state_dict"][name], average[name]), (step, name)
+    results, row = read_results(path), read_rows(path / "metrics.csv")[-1]
+    for metric in ("text_to_image_recall@5", "image_to_text_median_rank", "zero_shot_mean_per_class"):
+        assert results["last"][f"squares/{metric}"] == pytest.approx(float(row[f"val/{metric}"]))
+    assert run.export(ExportConfig(run=str(path), checkpoint="last", out=str(tmp_path / "out"))) == 0
+    exported = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in average.items())
+    tuned = make_config(root, "name=from-average", f"model.name={path}", "train.max_steps=1", "data.name=others")
+    assert "best of that run, the moving average of its weights" in (train_here(tuned)[1] / "log.txt").read_text()
+
+
+def test_averages_survive_a_kill_are_those_of_two_ranks_and_leave_what_is_frozen(root, tmp_path, monkeypatch):
+    options = ["train.ema=0.9", "optim.eps=1e-6", LIT]
+    one = make_config(root, "name=ema", *options)
+    _, calm = train_here(one)
+    killed = replace(one, name="ema-killed")
+    for step in (3, 5):
+        assert in_child(lambda step=step: train_and_die(killed, step, signal.SIGKILL)) == -signal.SIGKILL
+    assert in_child(lambda: train_here(killed)[0]) == 0
+    path = calm.with_name("ema-killed")
+    assert outcome(path) == outcome(calm)
+    torch.testing.assert_close(saved(path)["raw_state_dict"], saved(calm)["raw_state_dict"], rtol=0, atol=0)
+    two = resolve(make_config(root, "name=ema-two", "trainer.devices=2", "train.micro_batch=3", *options))
+    settle(two)
+    assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
+    start = load_file(root / "model" / "open_clip_model.safetensors")
+    mine, theirs = saved(calm)["state_dict"], saved(calm.with_name("ema-two"))["state_dict"]
+    assert {name for name, value in start.items() if torch.equal(mine[name], value)} == {
+        name for name in start if name.startswith("visual.")
+    }
+    one_rank, two_ranks = (torch.cat([state[name].flatten() for name in start]) for state in (mine, theirs))
+    assert (one_rank - two_ranks).norm() < 1e-5 * one_rank.norm()
+    assert not any(name.startswith("visual.") for name in saved(calm)["raw_state_dict"])
+
+
+def test_averages_may_begin_and_end_where_a_run_goes_on(root):
+    flat = ["optim.schedule=constant", "optim.warmup_frac=0"]
+    _, calm = train_here(make_config(root, "name=never", "train.max_steps=4", *flat))
+    config = make_config(root, "name=later", "train.max_steps=2", *flat)
+    _, path = train_here(config)
+    second = saved(path)["state_dict"]
+    for num_steps, ema in ((3, 0.5), (4, None)):
+        train = replace(config.train, max_steps=num_steps, ema=ema)
+        assert train_here(replace(config, resume="force", train=train))[0] == 0
+        if ema is not None:
+            third = saved(path)
+            for name, value in third["raw_state_dict"].items():
+                assert torch.equal(third["state_dict"][name], second[name].lerp(value, 0.5))
+    torch.testing.assert_close(saved(path)["state_dict"], saved(calm)["state_dict"], rtol=0, atol=0)
+    assert "raw_state_dict" not in saved(path)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adam", "lion", "lamb", "sgd", "muon"])
 def test_a_step_that_is_left_out_moves_neither_weights_nor_the_optimizer(root, monkeypatch, name):
     """Steps 1 and 4 have a gradient that is not a number; states are saved after each step."""
@@ -437,7 +501,14 @@ def test_a_step_that_is_left_out_moves_neither_weights_nor_the_optimizer(root, m
         handle.remove()
 
     monkeypatch.setattr(ContrastiveModule, "training_step", spoiled)
-    options = [f"optim.name={name}", "optim.lr=1e-3", "checkpoint.every=1", "checkpoint.keep=9", "eval.every=9"]
+    options = [
+        f"optim.name={name}",
+        "optim.lr=1e-3",
+        "train.ema=0.5",
+        "checkpoint.every=1",
+        "checkpoint.keep=9",
+        "eval.every=9",
+    ]
     code, path = train_here(make_config(root, f"name=skips-{name}", "eval.base=false", *options))
     assert code == 0
     assert [float(row["train/skipped"]) for row in read_rows(path / "metrics.csv")] == [1, 0, 0, 1, 0, 0]
@@ -454,7 +525,7 @@ def rateless(state: dict[str, Any]) -> list[Any]:
     """Weights, moments and what else the optimizer counts, without the rate of the step."""
     optimizer = state["optimizer_states"][0]
     counts = [{key: value for key, value in group.items() if key == "step"} for group in optimizer["param_groups"]]
-    return [state["state_dict"], optimizer["state"], counts]
+    return [state["state_dict"], state["raw_state_dict"], optimizer["state"], counts]
 
 
 def test_a_run_that_goes_on_under_another_decay_decays_by_it_and_under_other_rules_is_refused(root):

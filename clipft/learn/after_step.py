@@ -199,7 +199,8 @@ class AfterStep(pl.Callback):
     def _validate(self, module: ContrastiveModule, step: int) -> bool:
         """Adds the validation to the step's row; true when it is the best so far."""
         self.saver.wait()  # loader processes are forked, and a lock that the writing thread holds would stay locked
-        metrics = all_objects(self.validate())[0]  # ranks on unlike hardware could differ in the last digit
+        with module.averaged():
+            metrics = all_objects(self.validate())[0]  # ranks on unlike hardware could differ in the last digit
         module.train_mode()
         self.evaluate.restart()
         value = select_value(metrics, self.select)

@@ -42,9 +42,9 @@ def _below_limit(cgroup: Path, limit: str, used: str, cache: str) -> float:
 
 
 def kept_beside(config: Config, model: nn.Module) -> int:
-    """Values that a run keeps beside weights and gradients: the optimizer's, of what is trained."""
+    """Values that a run keeps beside weights and gradients: the optimizer's and averages, of what is trained."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return int(state_per_weight(config.optim) * trained)
+    return int((state_per_weight(config.optim) + (config.train.ema is not None)) * trained)
 
 
 def largest_that_fits(share: int, try_pairs: Try, device: torch.device, ranks_here: int) -> int:

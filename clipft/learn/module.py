@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipft.config import LossConfig, OptimConfig
 from clipft.data.loader import Batch
+from clipft.learn.average import Average
 from clipft.learn.losses import LocalGradients, Loss
 from clipft.learn.optimizer import (
     build_optimizer,
@@ -41,6 +42,7 @@ class Plan:
     lr: float
     multipliers: dict[str, float]
     """Of the rate, by parameter."""
+    ema: float | None
     seed: int
     train_batch_norm: bool
     clamp_scale: bool
@@ -89,6 +91,8 @@ class ContrastiveModule(pl.LightningModule):
         self.model, self.towers, self.loss, self.optim, self.plan = model, towers, loss, optim, plan
         self.step = 0  # completed steps; Lightning's global_step counts optimizer.step(), not what the data are at
         self.record: StepRecord | None = None
+        self.average: Average | None = None
+        self.saved_average: dict[str, Tensor] = {}  # of the state that is gone on from
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.optim, self.plan.lr, self.plan.multipliers)
@@ -100,6 +104,8 @@ class ContrastiveModule(pl.LightningModule):
         self.train_mode()
         for optimizer in self.trainer.optimizers:
             set_options(optimizer, self.optim, self.plan.lr)
+        if self.plan.ema is not None:
+            self.average = Average(self.model, self.plan.ema, self.plan.train_batch_norm, self.saved_average)
 
     def train_mode(self) -> None:
         train_mode(self.model, self.plan.train_batch_norm)
@@ -130,6 +136,8 @@ class ContrastiveModule(pl.LightningModule):
             buffer.copy_(torch.where(skipped, before, buffer))
         if self.plan.clamp_scale and self.logit_scale.requires_grad:
             self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
+        if self.average is not None:
+            self.average.update(skipped)
         self.step += 1
         self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm, skipped)
 
@@ -181,14 +189,25 @@ class ContrastiveModule(pl.LightningModule):
         scale_gradients(self.model.parameters(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside it the model has the weights that are validated: the averages, where there are any."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["state_dict"] = self.model.state_dict()  # under open_clip's names
+        """The weights to use under open_clip's names; beside averages those that training goes on from."""
+        checkpoint["state_dict"] = self.model.state_dict()
+        if self.average is not None:
+            names = self.average.values.keys()
+            checkpoint["raw_state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
+            checkpoint["state_dict"] |= self.average.values
         groups = parameter_groups(self.model, self.optim, self.plan.multipliers)
         checkpoint.setdefault("clipft", {})
         checkpoint["clipft"] |= {"step": self.step, "trained_by": trained_by(self.optim, groups)}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["state_dict"] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}
+        weights, raw = checkpoint["state_dict"], checkpoint.get("raw_state_dict", {})
+        self.saved_average = {name: weights[name] for name in raw}
+        checkpoint["state_dict"] = {f"model.{name}": value for name, value in (weights | raw).items()}
         self.step = checkpoint["clipft"]["step"]
         # The state of a run that was at its end, and goes on under more steps: Lightning would take it for done.
         checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False

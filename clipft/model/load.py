@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clipft.config import ModelConfig
 from clipft.model.encode import OpenClip
 from clipft.model.names import FOLDER_CONFIG, architecture_cfg, check_model, check_towers, clean_tag, kind_of
-from clipft.model.weights import find_tag_weights, load_exactly, load_with_open_clip, read_checkpoint
+from clipft.model.weights import find_tag_weights, is_average, load_exactly, load_with_open_clip, read_checkpoint
 
 SIGLIP_SCALE = 10.0
 RUN_CONFIG = "model.json"  # of a run directory: the same content as open_clip_config.json
@@ -119,7 +119,8 @@ def from_run(name: str, checkpoint: str) -> Clip:
     model_cfg, preprocess_cfg = read_description(Path(name) / RUN_CONFIG)
     clip = build(name, model_cfg, preprocess_cfg)
     load_exactly(clip.model, state, path)
-    clip.notes.append(f"{name} starts from {checkpoint} of that run")
+    average = ", the moving average of its weights" if is_average(path) else ""
+    clip.notes.append(f"{name} starts from {checkpoint} of that run{average}")
     return clip
 
 

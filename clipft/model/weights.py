@@ -80,6 +80,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ValueError(unreadable(path, error)) from error
 
 
+def is_average(path: Path) -> bool:
+    """Whether the weights in a training state are a moving average of those that were trained."""
+    return "raw_state_dict" in torch.load(path, weights_only=True, mmap=True)
+
+
 def check_archive(path: Path) -> None:
     """Raises unless every byte that torch.save wrote is there as it was (the zip format keeps a CRC of each part).
 

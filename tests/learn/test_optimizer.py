@@ -25,6 +25,7 @@ from clipft.learn.optimizer import (
 from clipft.learn.optimizer_names import check_optimizer, optimizers, why_unfit
 from clipft.model.load import build
 
+TIMM: Any = timm.optim
 FIT = [name for name, takes in optimizers().items() if why_unfit(takes) is None]
 
 
@@ -63,9 +64,9 @@ def test_norm_and_scaling_are_over_all_gradients():
 
 
 def test_names_and_what_they_take_are_those_of_timm():
-    assert set(optimizers()) == set(timm.optim.list_optimizers())
+    assert set(optimizers()) == set(TIMM.list_optimizers())
     for name, takes in optimizers().items():
-        theirs = timm.optim.get_optimizer_info(name)
+        theirs = TIMM.get_optimizer_info(name)
         flags = (takes.has_eps, takes.has_momentum, takes.has_betas, takes.num_betas)
         assert flags == (theirs.has_eps, theirs.has_momentum, theirs.has_betas, theirs.num_betas), name
         assert (why_unfit(takes) is not None) == (
@@ -105,7 +106,7 @@ def test_adamw_has_clips_settings_and_the_others_their_own():
     assert adamw.items() <= options().items() and adamw.items() <= options(name="AdamW").items()
     assert options(beta2=0.7)["betas"] == (0.9, 0.7) and options(eps=0.1)["eps"] == 0.1
     for name in ("lion", "lamb"):
-        own = timm.optim.get_optimizer_class(name)([model.weight]).defaults
+        own = TIMM.get_optimizer_class(name)([model.weight]).defaults
         assert options(name=name)["betas"] == own["betas"] and options(name=name).get("eps") == own.get("eps")
     assert options(name="lion", beta1=0.5, beta2=0.6)["betas"] == (0.5, 0.6)
     assert options(name="sgd")["momentum"] == 0.9 and options(name="sgd", momentum=0.3)["momentum"] == 0.3

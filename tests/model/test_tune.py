@@ -145,7 +145,7 @@ def steps(model: Any, config: TuneConfig) -> torch.optim.Optimizer:
     multipliers = lr_multipliers(model, config)
     freeze(model, multipliers)
     train_mode(model, batch_norm=True)
-    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.5), multipliers)
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.5), 0.01, multipliers)
     for group in optimizer.param_groups:
         group["lr"] = 0.01 * group["lr_mult"]
     for _ in range(3):
