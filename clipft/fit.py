@@ -152,7 +152,9 @@ def build_plan(job: Job) -> Plan:
 def set_bias(job: Job) -> str:
     """Starts a new logit_bias at what the trained model's softmax says of the first batch; returns a note of it.
 
-    Trained by a softmax, cosines are not centred at 0, and AdamW moves a bias by no more than the rate in a step.
+    After a softmax cosines are not centred at 0, and AdamW moves a bias by no more than the rate in a step. A small
+    model tuned on emoji (120 steps) started at a loss of 9.2 and came to R@10 0.135; from the log odds and a scale of
+    10, as new models start, at 18.0 and to 0.083.
     """
     clip, ranks, towers = job.measure.clip, job.measure.ranks, towers_of(job.measure.clip)
     batch = next(iter(batches(job, 0, num_steps=1, workers=0))).to(ranks.device)

@@ -6,7 +6,7 @@ import torch
 
 from clipft.model.groups import by_name, groups_of, is_frozen, numbered, tower_modules
 from clipft.model.load import build
-from clipft.model.names import architecture_cfg, architecture_names, check_towers
+from clipft.model.names import architecture_cfg, architecture_names
 
 ROBERTA = ["embeddings.word_embeddings.weight", "encoder.layer.0.output.dense.weight", "encoder.layer.11.x.bias"]
 T5 = ["embed_tokens.weight", "block.0.layer.0.SelfAttention.q.weight", "block.1.layer.1.x", "final_layer_norm.weight"]
@@ -99,14 +99,16 @@ def test_each_parameter_is_in_one_tower_or_the_scale(make):
 @pytest.mark.slow
 def test_every_architecture_has_blocks_between_its_embeddings_and_its_heads():
     for name in architecture_names():
-        try:
-            check_towers(name, architecture_cfg(name))
-        except ValueError:
+        cfg = architecture_cfg(name)
+        if "multimodal_cfg" in cfg or "hf_model_name" in cfg["text_cfg"]:  # CoCa; towers that would be downloaded
             continue
-        model, found = empty(name), {}
+        for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # files that would be
+            cfg["text_cfg"].pop(key, None)
+        with torch.device("meta"):
+            model = build(name, cfg, {}).model
+        found: dict[str, set[int]] = {}
         for group in groups_of(model).values():
             found.setdefault(group.name, set()).add(group.block)
         parts = {f"{tower}.{part}" for tower in ("image", "text") for part in ("embed", "blocks", "head")}
         assert found.keys() == parts | {"scale"}, name
-        layers = architecture_cfg(name)["text_cfg"].get("layers", 12)
-        assert len(found["text.blocks"]) == layers and len(found["image.blocks"]) > 3, name
+        assert len(found["text.blocks"]) == cfg["text_cfg"].get("layers", 12) and len(found["image.blocks"]) > 3, name
