@@ -166,7 +166,8 @@ def set_bias(job: Job) -> str:
         local, counts = local_pairs(image, text, batch, job.config.train.batch_size)
         _, everyone = gather_pairs(local, counts, with_ids=True)
         scale = clip.model.logit_scale.float().exp().squeeze()
-        clip.model.logit_bias.copy_(bias_of_softmax(everyone, scale))
+        bias = bias_of_softmax(everyone, scale)
+        clip.model.logit_bias.copy_(torch.where(bias.isfinite(), bias, clip.model.logit_bias))  # no pair was a negative
     return (
         f"new logit_bias of {clip.model.logit_bias.item():.2f} beside its scale of {scale.item():.4g}, for "
         "loss.name=siglip: on the first batch its sigmoids say what its softmax said"

@@ -152,8 +152,9 @@ class AfterStep(pl.Callback):
             self.ledger.meet()
             trainer.save_checkpoint(step_path(self.folder, record.step))
             self.save.restart()
+        if self.gave_up or (reason and (save or improved)):
             self.stop.agreed = reason or self.stop.agreed
-            trainer.should_stop = bool(reason) or self.gave_up
+            trainer.should_stop = True
         tell(step=record.step)
         self.end = time.perf_counter()
 

@@ -16,6 +16,7 @@ from torch import nn
 from clipft.files import replace_file
 from clipft.model.weights import check_archive, first_differences
 
+SAID = {"step", "best_step", "best_value", "since_best", "select", "ledger", "trained_by"}  # by each state of itself
 MANIFEST = "manifest.json"  # what is known of each state, for people and tools; loading does not depend on it
 
 
@@ -75,10 +76,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises half a dozen types for what is not its own
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{path} is none of our training states ({type(error).__name__}: {reason}).") from error
-    if (
-        missing := {"step", "best_step", "best_value", "since_best", "select", "ledger", "trained_by"}
-        - state["clipft"].keys()
-    ):
+    if missing := SAID - state["clipft"].keys():
         raise ValueError(f"{path} was written by another version of clipft: it has no {', '.join(sorted(missing))}.")
     return state
 

@@ -70,6 +70,8 @@ def freeze_fixed(model: nn.Module, loss: LossConfig) -> None:
         model.logit_bias.requires_grad_(False)
     if loss.temperature is not None:
         model.logit_scale.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing is left to train: tune.rules freezes all but what the loss does not train.")
 
 
 def train_mode(model: nn.Module, batch_norm: bool) -> None:

@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 from small import MODEL_CFG, RESNET_CFG
 
-from clipft.config import LayerDecayConfig, OptimConfig, TuneConfig
-from clipft.learn.module import train_mode
+from clipft.config import LayerDecayConfig, LossConfig, OptimConfig, TuneConfig
+from clipft.learn.module import freeze_fixed, train_mode
 from clipft.learn.optimizer import build_optimizer
 from clipft.model.groups import groups_of
 from clipft.model.load import build
@@ -124,6 +124,10 @@ def test_nothing_to_train_is_refused():
     model = make()
     with pytest.raises(ValueError, match=r"tune\.rules freezes every parameter"):
         freeze(model, lr_multipliers(model, rules(("*", 0))))
+    freeze(model, lr_multipliers(model, rules(("scale", 1), ("*", 0))))
+    freeze_fixed(model, LossConfig())
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze_fixed(model, LossConfig(temperature=0.1))
 
 
 def test_the_table_counts_what_is_trained_and_shows_the_rates():
