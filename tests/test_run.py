@@ -359,7 +359,7 @@ def test_a_stop_signal_to_the_command_stops_both_ranks_at_one_step(root, tmp_pat
 @pytest.mark.parametrize("lag", [0, 1])
 def test_rows_that_are_read_a_step_late_are_all_on_disk_when_a_state_is_saved(root, monkeypatch, lag):
     """On a GPU the host reads a step's numbers one step later; here the CPU is made to do so."""
-    monkeypatch.setattr(run, "host_lag", lambda ranks: lag)
+    monkeypatch.setattr(fit, "host_lag", lambda ranks: lag)
     name = f"lag-{lag}"
     config = make_config(root, f"name={name}", "train.max_steps=7", "checkpoint.every=3", "eval.every=5")
     assert in_child(lambda: train_and_die(config, 3, signal.SIGTERM)) == 143
@@ -428,7 +428,7 @@ def test_a_run_under_the_sigmoid_loss_resumes_evaluates_and_exports(root, tmp_pa
 
 def test_averages_are_validated_saved_measured_and_exported_and_training_goes_on_without_them(root, tmp_path):
     every = ["checkpoint.every=1", "checkpoint.keep=9", "eval.every=3", f"data.test={root}/data/packed/val-00000.tar"]
-    _, plain = train_here(make_config(root, "name=without", *every))
+    _, plain = train_here(make_config(root, "name=not-averaged", *every))
     code, path = train_here(make_config(root, "name=averaged", "train.ema=0.7", *every))
     assert code == 0
     average = load_file(root / "model" / "open_clip_model.safetensors")
