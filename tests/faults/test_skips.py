@@ -3,13 +3,14 @@
 import hashlib
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from checks import check, whole_rows
 from jobs import Fault, go
-from strikes import spoil_feature, spoil_gradient
+from strikes import spoil_feature, spoil_gradient, to_itself
 
 from clipft.learn.checkpoint import read_state
 
@@ -57,6 +58,21 @@ def test_all_ranks_leave_the_step_out_and_go_on_alike(make, tmp_path, kind, micr
     (line,) = [line for line in ended.stderr.splitlines() if "step 5 is left out" in line]
     assert line in (ended.path / "log.txt").read_text()
     assert "backward" in line if kind == "gradient" else guilty(ended.path, 5, number) in line
+
+
+def test_all_ranks_leave_the_step_out_where_the_host_decides_and_the_average_stays_too(make, tmp_path):
+    """Lamb does not skip by itself; killed after such a step, the run ends as without the kill."""
+    options = (*SPLIT, "optim.name=lamb", "optim.lr=1e-3", "train.ema=0.5", "checkpoint.every=1")
+    leave = [Fault(r, step, leave_weights(tmp_path, f"{step}-{r}")) for r in (0, 1) for step in (5, 6, 14)]
+    ended = go(make("skips-lamb", *options), Fault(1, 5, spoil_gradient), *leave)
+    check(ended, 0, None)
+    weights = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert weights["5-0"] == weights["5-1"] == weights["6-0"] == weights["6-1"]
+    assert weights["14-0"] == weights["14-1"] != weights["6-0"]
+    killed = go(
+        make("skips-lamb-killed", *options), Fault(1, 5, spoil_gradient), Fault(0, 8, to_itself(signal.SIGKILL))
+    )
+    check(killed, 137, ended.path)
 
 
 def test_too_many_in_a_row_stop_the_run_with_advice_and_the_last_good_weights(make):
