@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,15 @@ STACK_S = 1.0  # for a rank that hangs to show where
 POLL_S = 0.05
 
 
+@dataclass(frozen=True)
+class Validation:
+    """A value of the metric that chooses best.ckpt, made after `step` of `of` steps."""
+
+    step: int
+    of: int
+    value: float
+
+
 @dataclass
 class Watched:
     """A rank's process and what it has told."""
@@ -31,6 +41,7 @@ class Watched:
     """The end of its pipe that is read."""
     said: dict[str, Any] = field(default_factory=dict)
     """The last value of each word: step, stopped, error, ..."""
+    validations: list[Validation] = field(default_factory=list)
     rest: bytes = b""
 
     def listen(self) -> None:
@@ -38,7 +49,10 @@ class Watched:
             while raw := os.read(self.reports, 1 << 16):
                 *lines, self.rest = (self.rest + raw).split(b"\n")
                 for line in lines:
-                    self.said |= json.loads(line)
+                    words = json.loads(line)
+                    self.said |= words
+                    if "validation" in words:
+                        self.validations.append(Validation(**words["validation"]))
 
     @property
     def code(self) -> int | None:
@@ -52,41 +66,121 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(command: str, config_file: Path, devices: int) -> int:
-    """Runs `clipft.rank` on every device of this machine; returns the exit code for the shell."""
-    ranks: list[Watched] = []
-    asked: list[int] = []
-    port = free_port()
+class Job:
+    """The ranks of one run, from their start to the end of the last."""
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT in asked:  # ranks in foreign code do not hear it
-            send_all(ranks, signal.SIGKILL)
-        asked.append(number)
-        forward_to(ranks, number)
+    def __init__(self, ranks: Iterable[Watched] = ()):
+        self.ranks = list(ranks)
+        self.asked: list[int] = []  # signals that were sent on: ranks that end by them have not failed
+        self.cause = ""
+        self.ended: list[int] = []  # in order of time
+        self.deadline: float | None = None
 
+    def start(
+        self,
+        command: str,
+        config_file: Path,
+        devices: int,
+        environment: dict[str, str] | None = None,
+        output: int | None = None,
+    ) -> None:
+        """Starts `clipft.rank` for every device, with more variables, and with what it prints in an open file."""
+        port = free_port()
+        for rank in range(devices):
+            self.ranks.append(start_rank(command, config_file, rank, devices, port, environment or {}, output))
+        for number in self.asked:  # while they were started
+            forward_to(self.ranks, number)
+
+    def ask(self, number: int) -> None:
+        """Sends a stop signal on to the ranks; a second Ctrl-C kills them."""
+        if number == signal.SIGINT in self.asked:  # ranks in foreign code do not hear it
+            send_all(self.ranks, signal.SIGKILL)
+        self.asked.append(number)
+        forward_to(self.ranks, number)
+
+    def poll(self) -> int | None:
+        """The exit code for the shell once all ranks are gone, None before; `cause` then says why, if it is not 0.
+
+        The first rank that fails gives the others a grace.
+        """
+        for number, rank in enumerate(self.ranks):
+            code = rank.code
+            rank.listen()
+            if number in self.ended or code is None:
+                continue
+            self.ended.append(number)
+            if code and self.deadline is None:
+                self.deadline = time.monotonic() + (SAVE_S if "stopped" in rank.said else GRACE_S)
+                if code in STOPPED:
+                    send_all(self.ranks, signal.SIGTERM)
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        if len(self.ended) < len(self.ranks) and not late:
+            return None
+        code, self.cause = what_happened(self.ranks, self.ended, self.asked)
+        if self.deadline is not None:
+            end_all(self.ranks)
+        return code
+
+    def close(self) -> None:
+        """Ends whatever is left."""
+        end_all(self.ranks)
+        for rank in self.ranks:
+            os.close(rank.reports)
+
+
+@contextmanager
+def heeding(ask: Callable[[int], None]) -> Iterator[None]:
+    """Hands every stop signal of this process to `ask` in place of what it did before."""
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        ask(number)
+
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        for rank in range(devices):
-            ranks.append(start_rank(command, config_file, rank, devices, port))
-        for number in asked:  # while they were started
-            forward_to(ranks, number)
-        return supervise(ranks, asked)
+        yield
     finally:
-        end_all(ranks)
-        for rank in ranks:
-            os.close(rank.reports)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def start_rank(command: str, config_file: Path, rank: int, world: int, port: int) -> Watched:
+def launch(command: str, config_file: Path, devices: int) -> int:
+    """Runs `clipft.rank` on every device of this machine; returns the exit code for the shell."""
+    job = Job()
+    with heeding(job.ask):
+        try:
+            job.start(command, config_file, devices)
+            return supervise(job)
+        finally:
+            job.close()
+
+
+def supervise(job: Job) -> int:
+    """Waits for all ranks; the cause of a failure is printed and its code returned."""
+    while (code := job.poll()) is None:
+        time.sleep(POLL_S)
+    if job.cause:
+        with suppress(OSError):  # a terminal that was closed
+            print(job.cause, file=sys.stderr, flush=True)
+    return code
+
+
+def start_rank(
+    command: str,
+    config_file: Path,
+    rank: int,
+    world: int,
+    port: int,
+    environment: dict[str, str],
+    output: int | None,
+) -> Watched:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    environment = {
+    variables = {
         **os.environ,
+        **environment,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -98,41 +192,15 @@ def start_rank(command: str, config_file: Path, rank: int, world: int, port: int
     # A session of its own: Ctrl-C reaches the ranks once, through us. The pipe closes when we are gone.
     process = subprocess.Popen(
         [sys.executable, "-m", "clipft.rank", command, str(config_file)],
-        env=environment,
+        env=variables,
         stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         pass_fds=[writing],
         start_new_session=True,
     )
     os.close(writing)
     return Watched(process, reading)
-
-
-def supervise(ranks: list[Watched], asked: list[int]) -> int:
-    """Waits for all ranks; the first that fails gives the others a grace, the cause is printed and its code returned.
-
-    `asked` holds the signals that were sent on: ranks that end by them have not failed.
-    """
-    ended: list[int] = []  # in order of time
-    deadline = None
-    while len(ended) < len(ranks) and (deadline is None or time.monotonic() < deadline):
-        for number, rank in enumerate(ranks):
-            code = rank.code
-            rank.listen()
-            if number in ended or code is None:
-                continue
-            ended.append(number)
-            if code and deadline is None:
-                deadline = time.monotonic() + (SAVE_S if "stopped" in rank.said else GRACE_S)
-                if code in STOPPED:
-                    send_all(ranks, signal.SIGTERM)
-        time.sleep(POLL_S)
-    code, cause = what_happened(ranks, ended, asked)
-    if deadline is not None:
-        end_all(ranks)
-    if cause:
-        with suppress(OSError):  # a terminal that was closed
-            print(cause, file=sys.stderr, flush=True)
-    return code
 
 
 def what_happened(ranks: list[Watched], ended: list[int], asked: list[int]) -> tuple[int, str]:

@@ -45,9 +45,9 @@ def short_grace(monkeypatch):
 
 
 def supervised(*scripts: str) -> int:
-    ranks = [start(script) for script in scripts]
-    code = launch.supervise(ranks, asked=[])
-    assert all(rank.code is not None for rank in ranks)
+    job = launch.Job(start(script) for script in scripts)
+    code = launch.supervise(job)
+    assert all(rank.code is not None for rank in job.ranks)
     return code
 
 

@@ -134,38 +134,61 @@ def start(config: Config, *faults: Fault, environment: dict[str, str] | None = N
 
 def supervise(config: Config, path: Path, notes: Path, faults: tuple[Fault, ...], environment: dict[str, str]) -> None:
     """What the command does once its config stands, with ranks that are forked."""
+    enter(notes, environment)
+    fork_ranks(notes, faults)
+    sys.exit(launch.launch("train", path / "config.yaml", config.trainer.devices))
+
+
+def enter(notes: Path, environment: dict[str, str]) -> None:
+    """Makes a forked process one of its own, that prints into files."""
     become(notes)
     os.environ.update(environment)
     for name in ("stdout", "stderr"):
-        file = os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, {"stdout": 1, "stderr": 2}[name])
-        setattr(sys, name, os.fdopen(file, "w", buffering=1))
+        print_to(name, os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
     warnings.resetwarnings()
     warnings.simplefilter("ignore", DeprecationWarning)
+
+
+def print_to(name: str, file: int) -> None:
+    os.dup2(file, {"stdout": 1, "stderr": 2}[name])
+    setattr(sys, name, os.fdopen(os.dup(file), "w", buffering=1))
+
+
+def fork_ranks(notes: Path, faults: tuple[Fault, ...] = ()) -> None:
+    """From here on a rank of this process is a fork, not a new interpreter that imports everything again."""
     ends: list[int] = []  # of the ranks' standard inputs, which a rank must not hold open for another
 
-    def start_rank(command: str, config_file: Path, number: int, world: int, port: int) -> launch.Watched:
+    def start_rank(
+        command: str, file: Path, rank: int, world: int, port: int, environment: dict[str, str], output: int | None
+    ) -> launch.Watched:
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         theirs, ours = os.pipe()
         ends.append(ours)
-        os.environ.update(
-            RANK=str(number),
-            LOCAL_RANK=str(number),
-            WORLD_SIZE=str(world),
-            LOCAL_WORLD_SIZE=str(world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        os.environ[PIPE] = str(writing)
-        mine = [fault for fault in faults if fault.rank == number]
-        process = Forked(lambda: be_rank(command, config_file, notes, mine, theirs, [*ends, reading]))
+        variables = environment | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            PIPE: str(writing),
+        }
+        mine = [fault for fault in faults if fault.rank == rank]
+
+        def be() -> None:
+            os.environ.update(variables)
+            if output is not None:
+                print_to("stdout", output)
+                print_to("stderr", output)
+            be_rank(command, file, notes, mine, theirs, [*ends, reading])
+
+        process = Forked(be)
         os.close(writing)
         os.close(theirs)
         return launch.Watched(process, reading)
 
     launch.start_rank = start_rank
-    sys.exit(launch.launch("train", path / "config.yaml", config.trainer.devices))
 
 
 class Forked(subprocess.Popen):
