@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,12 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
     keys = {option.key for option in options_of(schema)}
     groups = [group for group in GROUPS if any(key.startswith(f"{group}.") for key in keys)]
     groups += ["experiment"] if "train.epochs" in keys else []
-    multirun = "-m" in arguments or "--multirun" in arguments
+    multirun = is_multirun(arguments)
     overrides: list[str] = []
     seen: dict[str, str] = {}
     first = 0  # place of the first that is no flag: argparse takes them in one piece
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith(("-", "hydra.", "hydra/")) or before in HYDRA_FLAGS:
+        if is_flag(before, argument) or is_hydras(argument):
             overrides.append(argument)
             continue
         key, equals, value = argument.partition("=")
@@ -86,10 +87,36 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
             raise ValueError(repeated(key, seen[key], value))
         first = first if seen else len(overrides)
         seen[key] = value
-        overrides += rewrite(key, value, sweeps=multirun and "," in value)
+        overrides += rewrite(key, value, sweeps=multirun and is_sweep(value))
     if schema is config_module.Config and not seen.keys() & {"model", "data", "experiment", "data.path", "data.train"}:
         overrides.insert(first + 1 if seen else len(overrides), "experiment=toy")
     return overrides
+
+
+def is_multirun(arguments: list[str]) -> bool:
+    """Whether Hydra will read several configs in the arguments."""
+    return any(argument in ("-m", "--multirun", "hydra.mode=MULTIRUN") for argument in arguments)
+
+
+def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their words, and the overrides, Hydra's own (hydra.key=value) among them."""
+    pairs = list(zip(["", *arguments], arguments, strict=False))
+    flags = [is_flag(before, argument) for before, argument in pairs]
+    return list(itertools.compress(arguments, flags)), [a for a, flag in zip(arguments, flags, strict=True) if not flag]
+
+
+def is_flag(before: str, argument: str) -> bool:
+    """Whether the argument that comes after `before` is a flag of Hydra or a flag's word."""
+    return argument.startswith("-") or before in HYDRA_FLAGS
+
+
+def is_hydras(override: str) -> bool:
+    return override.startswith(("hydra.", "hydra/"))
+
+
+def is_sweep(value: str) -> bool:
+    """Whether Hydra may read several values in it: a,b or one of its functions."""
+    return "," in value or re.match(r"[a-z_]+\(", value) is not None
 
 
 def check_key(argument: str, key: str, has_value: bool, keys: set[str], groups: list[str]) -> None:
@@ -167,3 +194,20 @@ def check_name(key: str, value: str, names: list[str]) -> None:
         near = closest(value, names)
         hint = f" Did you mean {near}?" if near else ""
         raise ValueError(f"{key}={value} is unknown.{hint} There are: {', '.join(names)}.")
+
+
+def explain(error: Exception) -> str:
+    """The message; of Hydra and OmegaConf with the key it is about."""
+    if type(error) is ValueError:
+        return str(error)
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None) or ""
+    text = str(getattr(cause, "msg", None) or cause).splitlines()[0]
+    if key == "model.pretrained" and "mandatory" in text.lower():
+        return (
+            "model.pretrained is not set, and this architecture has no default weights here. Give one of its tags "
+            "(model.pretrained=TAG), or model.pretrained=null to start from random weights."
+        )
+    if "mandatory" in text.lower():
+        return f"{key} is required: give {key}=VALUE."
+    return f"{key}: {text}" if key and key not in text else text

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.arguments import options_of, to_overrides
+from clipft.arguments import explain, is_multirun, options_of, split_flags, to_overrides
 from clipft.conf_files import conf_dirs, yaml_names
-from clipft.config import Config, DataConfig, EvaluateConfig, ExportConfig, PackConfig, VerifyConfig
+from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig, VerifyConfig
 from clipft.learn.stop import STOPPED
 from clipft.model.names import architecture_names
 from clipft.report import RunFailed
@@ -28,9 +28,6 @@ python train.py model=ViT-B-32 'data.train="shards/{000..059}.tar"' data.val=sha
 clipft data pack source=FOLDER out=data/mydata         images with metadata.jsonl -> shards
 clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot numbers
 clipft export run=runs/emoji                           a folder that open_clip loads"""
-
-
-TOY_PATH = "data/toy"  # of conf/data/toy.yaml; a folder of the user's that is called toy lies elsewhere
 
 
 @dataclass(frozen=True)
@@ -87,16 +84,13 @@ def help_text(name: str | None) -> str:
 
 
 def compose(command: Command, arguments: list[str]) -> int:
-    """Composes the config with Hydra and runs the command's job on it, once or, under -m, for each of a sweep."""
+    """Composes the config with Hydra and runs the command's job on it, once or, under -m, for each of several."""
     overrides = to_overrides(arguments, command.schema)
-    # Hydra then raises what it would print, so that every error gets our form and exit code.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    import hydra
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    register(command)
+    if command.schema is Config and is_multirun(arguments):
+        return sweep(arguments, overrides)
     codes: list[int] = []
     errors: list[Exception] = []
 
@@ -106,20 +100,52 @@ def compose(command: Command, arguments: list[str]) -> int:
         except (ValueError, OmegaConfBaseException) as error:  # Hydra would print its own text before ours
             errors.append(error)
         if codes and codes[-1] in STOPPED:
-            raise KeyboardInterrupt  # a sweep does not go on either
+            raise KeyboardInterrupt  # what would come after it does not start either
 
-    before, sys.argv = sys.argv, ["clipft", *overrides]
-    try:
-        hydra.main(config_path=str(conf_dirs()[-1]), config_name=command.conf, version_base="1.3")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        errors.append(error)
-    except KeyboardInterrupt:
-        return codes[-1] if codes else 130
-    finally:
-        sys.argv = before
+    with tempfile.TemporaryDirectory(prefix="clipft-") as folder:
+        # Where Hydra writes a file under -m.
+        overrides += [f"hydra.sweep.dir={folder}"] if is_multirun(arguments) else []
+        try:
+            run_hydra(command, overrides, job)
+        except KeyboardInterrupt:
+            return codes[-1] if codes else 130
     for error in errors:
         raise ValueError(explain(error)) from error
     return max(codes, default=0)
+
+
+def sweep(arguments: list[str], overrides: list[str]) -> int:
+    """Runs the trials of `clipft train -m`."""
+    from clipft.launch import is_rank
+
+    if is_rank():
+        raise ValueError("-m starts the processes of its trials itself. Start it without torchrun.")
+    from clipft.sweep.launched import SweepTask
+
+    task = SweepTask(sys.argv[0], arguments)
+    try:
+        run_hydra(COMMANDS["train"], overrides, task)
+    except KeyboardInterrupt:
+        return 130
+    return task.code
+
+
+def run_hydra(command: Command, overrides: list[str], job: Callable[[Any], Any]) -> None:
+    """Lets Hydra read the overrides and call the job; its errors get our form."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register(command)
+    flags, rest = split_flags(overrides)  # in this order, because argparse loses overrides that come before flags
+    before, sys.argv = sys.argv, ["clipft", *flags, *rest]
+    try:
+        hydra.main(config_path=str(conf_dirs()[-1]), config_name=command.conf, version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+    finally:
+        sys.argv = before
 
 
 def register(command: Command) -> None:
@@ -128,6 +154,8 @@ def register(command: Command) -> None:
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    from clipft.sweep.sweeper import register_sweepers
 
     store = ConfigStore.instance()
     store.store(name=f"{command.conf}_schema", node=command.schema)
@@ -142,23 +170,8 @@ def register(command: Command) -> None:
                 search_path.prepend(provider="working-directory", path=f"file://{folder}")
 
     Plugins.instance().register(UserConf)
-
-
-def explain(error: Exception) -> str:
-    """The message; of Hydra and OmegaConf with the key it is about."""
-    if type(error) is ValueError:
-        return str(error)
-    cause = error.__cause__ or error
-    key = getattr(cause, "full_key", None) or ""
-    text = str(getattr(cause, "msg", None) or cause).splitlines()[0]
-    if key == "model.pretrained" and "mandatory" in text.lower():
-        return (
-            "model.pretrained is not set, and this architecture has no default weights here. Give one of its tags "
-            "(model.pretrained=TAG), or model.pretrained=null to start from random weights."
-        )
-    if "mandatory" in text.lower():
-        return f"{key} is required: give {key}=VALUE."
-    return f"{key}: {text}" if key and key not in text else text
+    if command.schema is Config:
+        register_sweepers()
 
 
 def train(config: Config) -> int:
@@ -176,7 +189,6 @@ def prepare(config: Config) -> Path | None:
     """The run's folder with the config that its ranks read, None if it is finished; raises for what cannot work."""
     from clipft.plan import resolve
 
-    make_toy_data(config.data)
     folder = settle(resolve(config))
     if folder.state == "finished":
         print(f"{folder.path} is finished. Use resume=restart to run it again, or another name=.")
@@ -188,6 +200,7 @@ def evaluate(config: EvaluateConfig) -> int:
     from clipft.data.split import find_shards
     from clipft.launch import is_rank
     from clipft.model.names import check_model
+    from clipft.plan import make_toy_data
     from clipft.rank import evaluate_under_torchrun
 
     make_toy_data(config.data)
@@ -221,20 +234,13 @@ def pack(config: PackConfig) -> int:
 
 def verify(config: VerifyConfig) -> int:
     from clipft.data import verify as module
+    from clipft.plan import make_toy_data
 
     make_toy_data(config.data)
     report = module.verify(config)
     print(module.describe(report), flush=True)
     module.refuse(report, config.data.max_bad_frac)
     return 0
-
-
-def make_toy_data(config: DataConfig) -> None:
-    """The data set of conf/data/toy.yaml is drawn when it is first asked for."""
-    if config.name == "toy" and config.path == TOY_PATH:
-        from clipft.data.toy import make_toy
-
-        make_toy(Path(config.path))
 
 
 COMMANDS = {

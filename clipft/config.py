@@ -402,6 +402,50 @@ class Config:
 
 
 @dataclass(kw_only=True)
+class GridConfig:
+    """hydra.sweeper.* of a grid (`clipft train -m`): every combination of the values is a trial."""
+
+    n_jobs: int | None = None
+    """Trials side by side; null: as many as the GPUs are enough for, on a CPU one."""
+    params: dict[str, str] | None = None
+    """What is swept, for a YAML file: {optim.lr: "1e-5,1e-4"} is optim.lr=1e-5,1e-4 on the command line."""
+
+    def __post_init__(self):
+        positive(hydra__sweeper__n_jobs=self.n_jobs)
+
+
+@dataclass(kw_only=True)
+class SearchConfig:
+    """hydra.sweeper.* of a search (`clipft train -m hydra/sweeper=optuna`)."""
+
+    n_trials: int = 20
+    """Trials in all, with those of earlier starts of the same sweep."""
+    n_jobs: int | None = None
+    """Trials side by side; null: as many as the GPUs are enough for, on a CPU one."""
+    sampler: str = "tpe"
+    """tpe: learns from the trials so far (Bergstra et al. 2011); random."""
+    pruner: str = "median"
+    """median: a trial below the median of the finished ones at the same share of its steps is stopped; none."""
+    n_startup_trials: int = 5
+    """Trials that are drawn at random before tpe learns, and that are finished before any is pruned."""
+    seed: int = 0
+    """What is drawn follows from it and the trials before."""
+    params: dict[str, str] | None = None
+    """What is swept, for a YAML file: {optim.lr: "tag(log, interval(1e-6, 1e-4))"}."""
+
+    def __post_init__(self):
+        one_of("hydra.sweeper.sampler", self.sampler, ("tpe", "random"))
+        one_of("hydra.sweeper.pruner", self.pruner, ("median", "none"))
+        positive(
+            hydra__sweeper__n_trials=self.n_trials,
+            hydra__sweeper__n_jobs=self.n_jobs,
+            hydra__sweeper__n_startup_trials=self.n_startup_trials,
+        )
+        if self.seed < 0:
+            raise ValueError(f"hydra.sweeper.seed={self.seed} must be 0 or more.")
+
+
+@dataclass(kw_only=True)
 class EvaluateConfig:
     """What `clipft evaluate` reads."""
 

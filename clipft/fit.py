@@ -119,7 +119,7 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
             f"Stopped at step {module.step} of {job.steps.total} ({stop.agreed}), saved. "
             "The same command goes on from there."
         )
-        tell(stopped=module.step)
+        tell(stopped=module.step, reason=stop.agreed)
     meet(ranks)  # the others read what the first has written
     return bool(stop.agreed)
 
@@ -212,10 +212,10 @@ def ending(job: Job) -> dict[str, Any]:
     return {"ended_early": {**ended, "reason": f"{why} (train.patience={config.train.patience})"}}
 
 
-def account_of(job: Job) -> dict[str, Any]:
-    """What became of the samples up to the last saved state."""
+def reached(job: Job) -> dict[str, Any]:
+    """What became of the samples up to the last saved state (ledger), and what chose best.ckpt (selected)."""
     state, train = said_by(job.folder / "checkpoints" / "last.ckpt"), job.units.samples
-    return account(
+    ledger = account(
         state["ledger"],
         num_units=None if isinstance(job.order, Mix) else job.steps.num_units,
         per_epoch=job.steps.per_epoch,
@@ -224,6 +224,8 @@ def account_of(job: Job) -> dict[str, Any]:
         incomplete=train.dropped,
         examples=train.examples,
     )
+    selected = {"metric": state["select"], "value": state["best_value"], "step": state["best_step"]}
+    return {"ledger": ledger, "selected": selected if state["best_step"] else None}
 
 
 def build_trainer(ranks: Ranks, precision: str | None, after: AfterStep, saver: Saver) -> pl.Trainer:

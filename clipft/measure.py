@@ -205,14 +205,17 @@ def facts(config: Config, meta: dict[str, Any], model: nn.Module) -> dict[str, s
     return {key: str(value) for key, value in everything.items()}
 
 
-def finish(folder: Path, ledger: dict[str, Any]) -> dict[str, Any]:
-    """Marks the run as finished and shows its table and what became of the samples; returns the results."""
+def finish(folder: Path, reached: dict[str, Any]) -> dict[str, Any]:
+    """Marks the run as finished, with what it has `reached`, and shows its table and what became of the samples.
+
+    Returns the results.
+    """
     found = read_results(folder)
     results = {column: found[column] for column in ("base", "best", "last") if column in found}
-    results["meta"] = found["meta"] | {"finished": True, "ledger": ledger}
+    results["meta"] = found["meta"] | {"finished": True} | reached
     write_results(folder, results)
     print_results(results, sys.stdout)
-    print(ledger_line(ledger))
+    print(ledger_line(reached["ledger"]))
     print(f"Results {folder}/results.json, weights {folder}/checkpoints/best.ckpt. Next: clipft export run={folder}")
     return results
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # both import torch, and the command line must answer before 
 
 LOOKED_AT = 20  # samples that are looked at for captions before anything starts
 WINDOW_SHARDS = 8
+TOY_PATH = "data/toy"  # of conf/data/toy.yaml; a folder of the user's that is called toy lies elsewhere
 FINE_TUNING_LR = 1e-5  # of full fine-tuning; the rate of FLYP (Goyal et al. 2023)
 
 
@@ -45,6 +46,7 @@ class Steps:
 
 def resolve(config: Config) -> Config:
     """The config with what depends on its base filled in; raises for all that cannot work."""
+    make_toy_data(config.data)
     check_model(config.model)
     check_optimizer(config.optim)
     splits = load_splits(config.data)
@@ -64,6 +66,14 @@ def resolve(config: Config) -> Config:
         optim=replace(config.optim, lr=lr),
         data=replace(config.data, name=config.data.name or splits.name),
     )
+
+
+def make_toy_data(config: DataConfig) -> None:
+    """The data set of conf/data/toy.yaml is drawn when it is first asked for."""
+    if config.name == "toy" and config.path == TOY_PATH:
+        from clipft.data.toy import make_toy
+
+        make_toy(Path(config.path))
 
 
 def other_data(config: Config) -> tuple[list[DataConfig], list[str]]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from clipft.config import TrainerConfig
 from clipft.learn.gather import all_objects
+from clipft.report import job_cores
 
 Decided = TypeVar("Decided")
 
@@ -38,8 +39,7 @@ class Ranks:
 
     def cores(self) -> int:
         """Processor cores that this rank may count on."""
-        present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, present // self.local_world)
+        return max(1, job_cores() // self.local_world)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""What a rank tells its supervisor over a pipe: how far it is, and why it ends. Nothing heavy is imported here."""
+"""What a rank tells its supervisor over a pipe (how far it is, why it ends), and what it is told by its environment.
+
+Nothing heavy is imported here.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 PIPE = "CLIPFT_REPORT_FD"
+CORES = "CLIPFT_CORES"
 
 
 class RunFailed(RuntimeError):
@@ -21,3 +25,17 @@ def tell(**words: Any) -> None:
     if supervised():
         with suppress(OSError):  # the supervisor is gone; the closed standard input says so too
             os.write(int(os.environ[PIPE]), (json.dumps(words) + "\n").encode())
+
+
+def job_cores() -> int:
+    """Processor cores that this job may count on: its share where several run side by side, else all."""
+    if CORES in os.environ:
+        return int(os.environ[CORES])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 3:02:11."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -18,7 +18,7 @@ from clipft.data.augment import build_augment
 from clipft.data.sample import image_of
 from clipft.data.split import load_splits
 from clipft.files import replace_file
-from clipft.fit import Job, account_of, ending, fit, is_over, set_bias, towers_of
+from clipft.fit import Job, ending, fit, is_over, reached, set_bias, towers_of
 from clipft.judge.evaluate import build_task, judge
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
@@ -97,7 +97,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
     if not is_over(config, steps, found) and fit(job, validate, found, loggers, stop):
         if ranks.first:
-            write_results(folder, read_results(folder) | {"meta": meta | {"ledger": account_of(job)}})
+            write_results(folder, read_results(folder) | {"meta": meta | reached(job)})
         return STOPS[stop.agreed]
     meta |= ending(job)
     evaluations = []
@@ -107,7 +107,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
         evaluations = [(split, measure(task)) for split, task in tasks]
         record(folder, ranks, name, evaluations, meta)
     if ranks.first:
-        results = finish(folder, account_of(job))
+        results = finish(folder, reached(job))
         retrieved = sample_retrievals(tasks[0][1], evaluations[0][1].embedded) if loggers else []
         each_guarded(loggers, lambda logger: log_end(logger, results, retrieved))
     return 0

@@ -128,6 +128,17 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the run's folder."""
+    if not (path / ".lock").exists():
+        return False
+    try:
+        with locked(path):
+            return False
+    except ValueError:
+        return True
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """The run's results.json; empty where there is none yet."""
     file = path / "results.json"

@@ -205,6 +205,7 @@ class AfterStep(pl.Callback):
         module.train_mode()
         self.evaluate.restart()
         value = select_value(metrics, self.select)
+        tell(validation={"step": step, "of": self.journal.num_steps, "value": value})
         improved = value > self.best_value
         self.since_best = 0 if improved else self.since_best + 1
         if improved:

@@ -10,6 +10,7 @@ from pytorch_lightning.loggers import Logger
 
 from clipft.learn.loggers import each_guarded
 from clipft.learn.metrics_file import MetricsFile
+from clipft.report import clock
 
 LINE_EVERY_S = 10.0
 DRAW_EVERY_S = 0.2
@@ -118,10 +119,3 @@ class Journal:
         else:
             self._put(f"{line}\n")
         self.shown, self.since, self.wait_s, self.total_s = now, step, 0.0, 0.0
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 3:02:11."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

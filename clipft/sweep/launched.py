@@ -1,0 +1,102 @@
+"""Trials through a launcher of Hydra's (joblib, submitit, ...): it calls the task where it likes."""
+
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf
+
+from clipft.config import Config, SearchConfig
+from clipft.launch import POLL_S, heeding
+from clipft.sweep.compose import Composer
+from clipft.sweep.folder import SWEEP
+from clipft.sweep.pool import Source
+from clipft.sweep.search import watch_from_elsewhere
+from clipft.sweep.show import Show
+from clipft.sweep.trial import Trial, failed, start, wait_until_free
+
+
+class SweepTask:
+    """What Hydra calls for a trial, in this process or another one."""
+
+    def __init__(self, program: str, arguments: list[str]):
+        self.program, self.arguments = program, arguments
+        self.code = 0
+
+    def __call__(self, node: DictConfig) -> Trial:
+        """Trains the trial to its end; what goes wrong with it is in what comes back."""
+        config = OmegaConf.to_object(node)
+        assert isinstance(config, Config) and config.name is not None
+        folder, sweeper = Path(config.runs_dir), HydraConfig.get().sweeper
+        if not (folder / SWEEP).exists():
+            raise ValueError("-m works with hydra/sweeper=grid and hydra/sweeper=optuna.")
+        trial = Trial(int(config.name), {})
+        watch = lambda validation: False  # noqa: E731
+        if "n_trials" in sweeper:
+            settings = {key: sweeper[key] for key in ("sampler", "pruner", "n_startup_trials", "seed")}
+            watch = watch_from_elsewhere(folder, trial.number, SearchConfig(**settings))
+        wait_until_free(folder / config.name, give_up=lambda: False)
+        try:
+            running = start(trial, config, {}, watch)
+        except (ValueError, OSError) as error:
+            return failed(trial, str(error))
+        with heeding(running.ask):
+            try:
+                while (ended := running.poll()) is None:
+                    time.sleep(POLL_S)
+            finally:
+                running.close()
+        return ended
+
+
+def run_launched(
+    source: Source, folder: Path, composer: Composer, launcher: Launcher, batch: int, show: Show
+) -> int | None:
+    """Launches the trials, `batch` at a time; the stop signal that came meanwhile, if one has."""
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        while trials := next_batch(source, folder, composer, batch, show):
+            launch_batch(source, folder, composer, launcher, trials, show)
+    except KeyboardInterrupt as error:
+        return error.args[0] if error.args else signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return signal.SIGTERM if any(trial.status == "waiting" for trial in source.trials) else None
+
+
+def next_batch(source: Source, folder: Path, composer: Composer, batch: int, show: Show) -> list[Trial]:
+    """Up to so many trials whose configs are good; the others are told as failed."""
+    trials: list[Trial] = []
+    while len(trials) < batch and (trial := source.next()) is not None:
+        show.started(trial)
+        try:
+            composer.compose(trial, folder)
+            trials.append(trial)
+        except ValueError as error:
+            source.tell(ended := failed(trial, str(error)))
+            show.ended(ended, source)
+    return trials
+
+
+def launch_batch(
+    source: Source, folder: Path, composer: Composer, launcher: Launcher, trials: list[Trial], show: Show
+) -> None:
+    overrides = [composer.overrides(trial, folder) for trial in trials]
+    returns = launcher.launch(overrides, initial_job_idx=trials[0].number)
+    for trial, returned in zip(trials, returns, strict=True):
+        if returned.status == JobStatus.COMPLETED:
+            came: Trial = returned.return_value
+            ended = replace(came, params=trial.params, seconds=trial.seconds + came.seconds)
+        else:
+            ended = failed(trial, str(returned._return_value))
+        source.tell(ended)
+        show.ended(ended, source)
+
+
+def interrupt(number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
