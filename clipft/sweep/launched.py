@@ -79,7 +79,7 @@ def next_batch(source: Source, folder: Path, composer: Composer, batch: int, sho
             trials.append(trial)
         except ValueError as error:
             source.tell(ended := failed(trial, str(error)))
-            show.ended(ended, source)
+            show.ended(ended, source.trials)
     return trials
 
 
@@ -95,7 +95,7 @@ def launch_batch(
         else:
             ended = failed(trial, str(returned._return_value))
         source.tell(ended)
-        show.ended(ended, source)
+        show.ended(ended, source.trials)
 
 
 def interrupt(number: int, _frame: FrameType | None) -> None:

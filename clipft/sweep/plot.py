@@ -9,7 +9,7 @@ from clipft.sweep.trial import Trial, best_of
 
 COLUMNS = 3
 WIDTH_IN, HEIGHT_IN = 4.4, 3.6  # of a panel
-LOG_RATIO = 30  # numbers that span more than this are spread on a logarithmic axis
+LOG_RATIO = 8  # numbers that span more than this are spread on a logarithmic axis
 MOST_TICKS = 6  # values that are each written under the axis
 KINDS: dict[str, dict[str, Any]] = {
     "finished": {"marker": "o", "color": "#1f5fa8", "s": 44},
@@ -38,7 +38,13 @@ def plot(path: Path, trials: list[Trial], axes: list[Axis], title: str, metric: 
     figure.suptitle(plain(title))
     labelled = [panel.get_legend_handles_labels() for panel in figure.axes]
     handles = {text: handle for found in labelled for handle, text in zip(*found, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=3 if columns == 1 else len(handles),
+        frameon=False,
+    )
     figure.savefig(path, dpi=130)
 
 

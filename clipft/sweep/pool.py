@@ -4,27 +4,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from clipft.config import Config
-from clipft.launch import POLL_S, Validation, heeding
+from clipft.launch import POLL_S, heeding
+from clipft.sweep.grid import Grid
+from clipft.sweep.search import Search
 from clipft.sweep.show import Show
 from clipft.sweep.trial import Running, Trial, failed, start, wait_until_free
 
 
-class Source(Protocol):
-    """Where trials come from: a grid or a search."""
-
-    @property
-    def trials(self) -> list[Trial]:
-        """All that are known, by number."""
-        ...
-
-    @property
-    def planned(self) -> int: ...
-    def next(self) -> Trial | None: ...
-    def tell(self, trial: Trial) -> None: ...
-    def prune(self, trial: Trial, validation: Validation) -> bool: ...
+Source = Grid | Search  # where trials come from
 
 
 @dataclass
@@ -85,8 +74,8 @@ class Pool:
                 self.running.remove((running, place))
                 self.free.append(place)
                 self._end(trial)
-        self.show.progress([running for running, _ in self.running], self.source)
+        self.show.progress([running for running, _ in self.running], self.source.trials, self.source.planned)
 
     def _end(self, trial: Trial) -> None:
         self.source.tell(trial)
-        self.show.ended(trial, self.source)
+        self.show.ended(trial, self.source.trials)

@@ -20,7 +20,7 @@ from clipft.sweep.space import as_number
 from clipft.sweep.trial import Trial
 
 STATUSES = ("finished", "out of time", "pruned", "failed", "waiting")  # in the order of the table
-MIN_WIDTH = 80
+WIDTH = 2000  # never reached: a table that a terminal wraps can still be read, and a shortened number cannot
 
 
 def best_first(trials: Iterable[Trial]) -> list[Trial]:
@@ -57,9 +57,7 @@ def print_table(trials: list[Trial], metric: str) -> None:
         step = "-" if trial.step is None else str(trial.step)
         params = [short(trial.params.get(key, "-")) for key in keys]
         table.add_row(str(trial.number), trial.status, value, step, clock(trial.seconds), *params)
-    console = Console(file=sys.stdout, markup=False, highlight=False)
-    console.width = max(console.width, MIN_WIDTH, console.measure(table).maximum)
-    console.print(table)
+    Console(file=sys.stdout, width=WIDTH, markup=False, highlight=False).print(table)
 
 
 def keys_of(trials: list[Trial]) -> list[str]:

@@ -107,7 +107,7 @@ def report(trial: "optuna.Trial", validation: Validation) -> bool:
     reported = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
     if percent not in reported:  # a trial that goes on repeats what came after its last saved state
         trial.report(validation.value, percent)
-    return validation.step < validation.of and trial.should_prune()
+    return validation.step < validation.of and bool(trial.should_prune())  # optuna's is numpy's
 
 
 def open_study(folder: Path, settings: SearchConfig) -> "optuna.Study":

@@ -5,13 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from clipft.report import clock
 from clipft.sweep.trial import Running, Trial, best_of
-
-if TYPE_CHECKING:
-    from clipft.sweep.pool import Source
 
 LINE_EVERY_S = 60.0
 DRAW_EVERY_S = 0.5
@@ -34,23 +30,22 @@ class Show:
     def started(self, trial: Trial) -> None:
         self.say(f"trial {trial.number}  {' '.join(trial.words())}")
 
-    def ended(self, trial: Trial, source: "Source") -> None:
+    def ended(self, trial: Trial, trials: list[Trial]) -> None:
         said = "stopped, its state saved" if trial.status == "waiting" else trial.status
         value = "" if trial.value is None else f", {trial.value:.4f} at step {trial.step}"
         error = f": {trial.error}" if trial.error else ""
-        best = best_of(source.trials)
+        best = best_of(trials)
         so_far = f"; best {best.value:.4f} (trial {best.number})" if best and trial.counts else ""
         self.say(f"trial {trial.number}  {said}{error}{value} ({clock(trial.seconds)}){so_far}")
 
-    def progress(self, running: Sequence[Running], source: "Source") -> None:
+    def progress(self, running: Sequence[Running], trials: list[Trial], planned: int) -> None:
         """Draws over the last line of a terminal twice a second; elsewhere a line a minute."""
         now = time.monotonic()
         if not running or now - self.shown < (DRAW_EVERY_S if self.draws else LINE_EVERY_S):
             return
         self.shown = now
-        trials = source.trials
         done = sum(trial.over or trial.status == "failed" for trial in trials)
-        line = f"{done} of {source.planned} trials done  " + "  ".join(where(each) for each in running)
+        line = f"{done} of {planned} trials done  " + "  ".join(where(each) for each in running)
         if self.draws:
             width = shutil.get_terminal_size().columns - 1
             sys.stderr.write(f"\r\x1b[K{line[:width]}")

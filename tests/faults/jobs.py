@@ -240,7 +240,7 @@ def plant(faults: list[Fault], notes: Path) -> None:
         fault.do(module, batch)
 
     def training_step(self: ContrastiveModule, batch: Batch, batch_idx: int) -> None:
-        row = {"step": self.step + 1, "rank": int(os.environ["RANK"]), "keys": batch.keys}
+        row = {"step": self.step + 1, "rank": int(os.environ["RANK"]), "lr": self.plan.lr, "keys": batch.keys}
         append(notes / "keys", json.dumps(row | {"valid": batch.valid.tolist()}))
         for fault in faults:
             if fault.at == self.step + 1:
