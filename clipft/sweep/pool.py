@@ -12,7 +12,6 @@ from clipft.sweep.search import Search
 from clipft.sweep.show import Show
 from clipft.sweep.trial import Running, Trial, failed, start, wait_until_free
 
-
 Source = Grid | Search  # where trials come from
 
 

@@ -43,6 +43,8 @@ def axis_of(override: Override) -> Axis:
     text = (override.input_line or "").partition("=")[2]
     if key in OWN:
         raise ValueError(f"{key}={text} cannot be swept: it says where the whole sweep lies.")
+    if key == "eval.select":
+        raise ValueError(f"{key}={text} cannot be swept: it is what the trials are compared by.")
     tags: set[str] = getattr(value, "tags", set())
     if unknown := tags - {"log"}:
         raise ValueError(f"{key}={text}: the tag {', '.join(sorted(unknown))} is unknown. There is one: log.")
