@@ -17,6 +17,9 @@ from clipft.model.names import closest, kind_of
 DATA_TEXT = tuple(f"data.{field}" for field in ("name", "path", "train", "val", "test"))
 FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", *DATA_TEXT)
 GROUPS = ("model", "data", "tune", "experiment")
+BRACKETS = ("[", "{", "'", '"')  # begin a list or a text, in which commas are no sweep
+SWEEPER = "hydra.sweeper."  # begins the keys of its options
+SWEEPERS = {"grid": config_module.GridConfig, "optuna": config_module.SearchConfig}
 HYDRA_FLAGS = (
     "--cfg",
     "-c",
@@ -85,6 +88,11 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
         check_key(argument, key, bool(equals), keys, groups)
         if key in seen:
             raise ValueError(repeated(key, seen[key], value))
+        if not multirun and key not in FREE_TEXT and value[:1] not in BRACKETS and is_sweep(value):
+            raise ValueError(
+                f"{argument!r} has several values. Add -m to train with each of them, one after the other "
+                "(a list is written [A,B])."
+            )
         first = first if seen else len(overrides)
         seen[key] = value
         overrides += rewrite(key, value, sweeps=multirun and is_sweep(value))
@@ -134,6 +142,22 @@ def check_key(argument: str, key: str, has_value: bool, keys: set[str], groups: 
     if not has_value:
         raise ValueError(f"{argument!r} has no value: options are written key=value.{hint}")
     raise ValueError(f"{key} is no option.{hint}")
+
+
+def check_sweeper(arguments: list[str]) -> None:
+    """Raises for a sweeper, or an option of it, that there is not."""
+    given = {argument.partition("=")[0]: argument.partition("=")[2] for argument in arguments}
+    name = given.get("hydra/sweeper", "grid")
+    check_name("hydra/sweeper", name, list(SWEEPERS))
+    keys = {each: [option.key for option in options_of(SWEEPERS[each], SWEEPER)] for each in SWEEPERS}
+    for key in given:
+        if not key.startswith(SWEEPER) or key in keys[name] or key.startswith(f"{SWEEPER}params."):
+            continue
+        if key in keys["optuna"]:
+            raise ValueError(f"{key} belongs to a search: add hydra/sweeper=optuna.")
+        near = closest(key, keys[name])
+        hint = f" Did you mean {near}?" if near else f" There are: {', '.join(keys[name])}."
+        raise ValueError(f"{key} is no option of hydra/sweeper={name}.{hint}")
 
 
 def repeated(key: str, first: str, second: str) -> str:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipft.arguments import explain, is_multirun, options_of, split_flags, to_overrides
+from clipft.arguments import (
+    SWEEPER,
+    SWEEPERS,
+    check_sweeper,
+    explain,
+    is_multirun,
+    options_of,
+    split_flags,
+    to_overrides,
+)
 from clipft.conf_files import conf_dirs, yaml_names
 from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig, VerifyConfig
 from clipft.learn.stop import STOPPED
@@ -28,6 +37,12 @@ python train.py model=ViT-B-32 'data.train="shards/{000..059}.tar"' data.val=sha
 clipft data pack source=FOLDER out=data/mydata         images with metadata.jsonl -> shards
 clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot numbers
 clipft export run=runs/emoji                           a folder that open_clip loads"""
+
+SWEEPS = """\
+Sweeps: -m trains with each of several values, in runs/<name>/0, 1, ...; the same command goes on where it stopped
+python train.py -m optim.lr=1e-5,3e-5 train.batch_size=64,128        a grid: every combination
+python train.py -m hydra/sweeper=optuna 'optim.lr=tag(log, interval(1e-6, 1e-4))' hydra.sweeper.n_trials=30
+        a search, in interval(a, b), int(interval(a, b)), range(a, b, step), tag(log, interval(a, b)) or values"""
 
 
 @dataclass(frozen=True)
@@ -69,18 +84,21 @@ def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def help_text(name: str | None) -> str:
     commands = "\n".join(f"  clipft {each:<11} {command.doc}" for each, command in COMMANDS.items())
-    text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\nExamples\n{EXAMPLES}\n"
-    command = COMMANDS[name or "train"]
-    options = list(options_of(command.schema))
+    text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\nExamples\n{EXAMPLES}\n\n"
+    schema = COMMANDS[name or "train"].schema
+    groups = (f"{group}={'|'.join(yaml_names(group))}" for group in ("tune", "experiment"))
+    text += "  ".join([f"Groups: data={'|'.join(yaml_names('data'))}|FOLDER", *groups]) + "\n"
+    text += f"Options of clipft {name or 'train'}, written key=value (type, default)\n{options_text(schema)}"
+    if schema is not Config:
+        return text
+    sweepers = [f"Options of hydra/sweeper={each}\n{options_text(SWEEPERS[each], SWEEPER)}" for each in SWEEPERS]
+    return "\n\n".join([text, SWEEPS, *sweepers])
+
+
+def options_text(schema: type, prefix: str = "") -> str:
+    options = list(options_of(schema, prefix))
     width = max(len(option.key) for option in options)
-    lines = [f"  {option.key:<{width}}  {option.doc} ({option.type}, {option.default})" for option in options]
-    groups = "Groups: " + "  ".join(
-        f"{group}={'|'.join(yaml_names(group))}{'|FOLDER' if group == 'data' else ''}"
-        for group in ("data", "tune", "experiment")
-    )
-    return f"{text}\n{groups}\nOptions of clipft {name or 'train'}, written key=value (type, default)\n" + "\n".join(
-        lines
-    )
+    return "\n".join(f"  {option.key:<{width}}  {option.doc} ({option.type}, {option.default})" for option in options)
 
 
 def compose(command: Command, arguments: list[str]) -> int:
@@ -120,6 +138,7 @@ def sweep(arguments: list[str], overrides: list[str]) -> int:
 
     if is_rank():
         raise ValueError("-m starts the processes of its trials itself. Start it without torchrun.")
+    check_sweeper(arguments)
     from clipft.sweep.launched import SweepTask
 
     task = SweepTask(sys.argv[0], arguments)

@@ -407,7 +407,7 @@ class GridConfig:
 
     n_jobs: int | None = None
     """Trials side by side; null: as many as the GPUs are enough for, on a CPU one."""
-    params: dict[str, str] | None = None
+    params: dict[str, str] = field(default_factory=dict)
     """What is swept, for a YAML file: {optim.lr: "1e-5,1e-4"} is optim.lr=1e-5,1e-4 on the command line."""
 
     def __post_init__(self):
@@ -430,7 +430,7 @@ class SearchConfig:
     """Trials that are drawn at random before tpe learns, and that are finished before any is pruned."""
     seed: int = 0
     """What is drawn follows from it and the trials before."""
-    params: dict[str, str] | None = None
+    params: dict[str, str] = field(default_factory=dict)
     """What is swept, for a YAML file: {optim.lr: "tag(log, interval(1e-6, 1e-4))"}."""
 
     def __post_init__(self):

@@ -1,7 +1,7 @@
 import pytest
 
 from clipft.arguments import options_of, to_overrides
-from clipft.config import Config, EvaluateConfig, PackConfig
+from clipft.config import Config, EvaluateConfig, GridConfig, PackConfig, SearchConfig
 
 
 @pytest.fixture(autouse=True)
@@ -10,7 +10,7 @@ def empty_working_directory(tmp_path, monkeypatch):
 
 
 def test_every_option_of_every_command_is_documented():
-    for schema in (Config, EvaluateConfig, PackConfig):
+    for schema in (Config, EvaluateConfig, PackConfig, GridConfig, SearchConfig):
         assert all(len(option.doc) > 10 for option in options_of(schema))
 
 

@@ -16,7 +16,9 @@ from clipft.config import (
     DataConfig,
     EvaluateConfig,
     ExportConfig,
+    GridConfig,
     PackConfig,
+    SearchConfig,
     TrainerConfig,
     VerifyConfig,
     parse_every,
@@ -306,5 +308,8 @@ def test_the_other_commands_have_no_option_without_a_test():
     assert {option.key for option in options_of(ExportConfig)} == {"run", "checkpoint", "out"}
     assert {option.key for option in options_of(PackConfig)} == {"source", "out", "shard_samples", "templates"}
     assert {option.key for option in options_of(VerifyConfig) if "." not in option.key} == {"decode"}
+    sweep = {"n_trials", "n_jobs", "sampler", "pruner", "n_startup_trials", "seed", "params"}  # tests/sweep
+    assert {option.key for option in options_of(SearchConfig)} == sweep
+    assert {option.key for option in options_of(GridConfig)} == {"n_jobs", "params"}
     own = {option.key for option in options_of(EvaluateConfig) if "." not in option.key}
     assert own == {"split", "relevance", "batch_size", "out"}

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from clipft.config import Config, SearchConfig
 from clipft.launch import POLL_S, heeding
 from clipft.sweep.compose import Composer
-from clipft.sweep.folder import SWEEP
 from clipft.sweep.pool import Source
 from clipft.sweep.search import watch_from_elsewhere
 from clipft.sweep.show import Show
@@ -33,8 +32,6 @@ class SweepTask:
         config = OmegaConf.to_object(node)
         assert isinstance(config, Config) and config.name is not None
         folder, sweeper = Path(config.runs_dir), HydraConfig.get().sweeper
-        if not (folder / SWEEP).exists():
-            raise ValueError("-m works with hydra/sweeper=grid and hydra/sweeper=optuna.")
         trial = Trial(int(config.name), {})
         watch = lambda validation: False  # noqa: E731
         if "n_trials" in sweeper:

@@ -28,7 +28,7 @@ from clipft.sweep.trial import best_of
 def run(context: HydraContext, master: DictConfig, task: SweepTask, settings: GridConfig | SearchConfig) -> int:
     """Runs the sweep, or goes on with it; the exit code."""
     base = without_hydra(master)
-    own = own_arguments(task.arguments, settings.params or {})
+    own = own_arguments(task.arguments, settings.params)
     axes = parse_axes([each for each in to_overrides(["-m", *own], Config) if each != "-m"], context.config_loader)
     points = grid_points(axes) if isinstance(settings, GridConfig) else end_points(axes)
     space = build_space(axes) if isinstance(settings, SearchConfig) else {}

@@ -20,7 +20,7 @@ PLUGIN = "hydra_plugins.clipft"  # Hydra takes plugins from this package alone
 
 class Sweep(Sweeper):
     def __init__(self, **settings: Any):
-        settings["params"] = dict(settings["params"] or {})
+        settings["params"] = dict(settings["params"])
         self.settings = SearchConfig(**settings) if "n_trials" in settings else GridConfig(**settings)
 
     def setup(self, *, hydra_context: HydraContext, task_function: Callable[[Any], Any], config: DictConfig) -> None:

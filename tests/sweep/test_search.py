@@ -4,6 +4,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,9 @@ from clipft.sweep.trial import Trial, failed
 AXES = parse_axes(["optim.lr=tag(log, interval(1e-6, 1e-2))", "loss.name=clip,siglip"], None)
 
 
-def search(folder: Path, **settings) -> Search:
-    return Search(folder, build_space(AXES), SearchConfig(**{"n_trials": 12, "n_startup_trials": 4} | settings))
+def search(folder: Path, **settings: Any) -> Search:
+    settings = {"n_trials": 12, "n_startup_trials": 4} | settings
+    return Search(folder, build_space(AXES), SearchConfig(**settings))
 
 
 def curve(trial: Trial) -> float:

@@ -1,7 +1,6 @@
 """Sweeps from their command to their table: trials that end well, badly, early, and again."""
 
 import csv
-import os
 import shlex
 import signal
 import subprocess
@@ -165,6 +164,6 @@ def test_two_sweeps_do_not_share_a_folder(root):
     first = start(root, "shared", "optim.lr=0.01,0.02", faults=(Fault(0, 3, lambda module, batch: signal.pause()),))
     first.wait_for("trial 0")
     second = sweep(root, "shared", "optim.lr=0.01,0.02")
-    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.kill()
     assert second.code == 2 and "by another process" in second.stderr, read(first.notes / "stderr")
     first.wait()
