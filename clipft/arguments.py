@@ -155,8 +155,9 @@ def check_sweeper(arguments: list[str]) -> None:
             continue
         if key in keys["optuna"]:
             raise ValueError(f"{key} belongs to a search: add hydra/sweeper=optuna.")
-        near = closest(key, keys[name])
-        hint = f" Did you mean {near}?" if near else f" There are: {', '.join(keys[name])}."
+        names = [option.key for option in options_of(SWEEPERS[name])]
+        near = difflib.get_close_matches(key.removeprefix(SWEEPER), names, n=1, cutoff=0.5)
+        hint = f" Did you mean {SWEEPER}{near[0]}?" if near else f" There are: {', '.join(keys[name])}."
         raise ValueError(f"{key} is no option of hydra/sweeper={name}.{hint}")
 
 

@@ -75,7 +75,7 @@ def test_a_setting_that_cannot_work_is_refused_by_name(schema, settings, message
     [
         (["hydra/sweeper=optun"], "Did you mean optuna?"),
         (["hydra.sweeper.n_job=3"], "is no option of hydra/sweeper=grid. Did you mean hydra.sweeper.n_jobs?"),
-        (["hydra/sweeper=optuna", "hydra.sweeper.n_trial=3"], "Did you mean hydra.sweeper.n_trials or"),
+        (["hydra/sweeper=optuna", "hydra.sweeper.n_trial=3"], "Did you mean hydra.sweeper.n_trials?"),
     ],
 )
 def test_a_misspelt_sweeper_or_setting_is_answered_with_the_closest(arguments, message):
