@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small import make_data
 
 from clipft.cli import COMMANDS, main, split_command
 
@@ -30,7 +31,10 @@ def arguments_of(line: str) -> list[str]:
     return ["train", *words[2:]] if words[0] == "python" else words[1:]
 
 
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not line.startswith("pip")])
+SWEEP_LINES = [line for line in COMMAND_LINES if " -m " in line]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not line.startswith("pip") and " -m " not in line])
 def test_a_command_of_the_readme_composes(line, tmp_path, monkeypatch, capsys):
     """Up to its composed config, with the folders that it names in place."""
     monkeypatch.chdir(tmp_path)
@@ -44,6 +48,18 @@ def test_a_command_of_the_readme_composes(line, tmp_path, monkeypatch, capsys):
     assert name in COMMANDS
     assert main([*name.split(), *rest, "--cfg", "job"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("line", SWEEP_LINES)
+def test_a_sweep_of_the_readme_could_start(line, tmp_path, monkeypatch, capsys):
+    """Up to the folder, which is taken: the trials' configs have been composed and checked by then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    make_data(tmp_path / "small", num_train=300).rename(tmp_path / "data" / "mydata")
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "config.yaml").touch()
+    assert main([*arguments_of(line), "name=taken"]) == 2
+    assert "is no sweep" in capsys.readouterr().err
 
 
 def test_every_file_of_the_map_exists():

@@ -210,6 +210,8 @@ class AfterStep(pl.Callback):
         self.since_best = 0 if improved else self.since_best + 1
         if improved:
             self.best_step, self.best_value = step, value
+        # The last value of "best" is what a tracker's own sweep is to compare.
+        metrics = metrics | {self.select: value, "best": self.best_value}
         self.journal.validation(
             step, metrics, f"{self.select} {value:.4f}", f"{self.best_value:.4f} at {self.best_step}"
         )
