@@ -42,9 +42,11 @@ class SweepTask:
             running = start(trial, config, {}, watch)
         except (ValueError, OSError) as error:
             return failed(trial, str(error))
-        with heeding(running.ask):
+        asked: list[int] = []
+        with heeding(asked.append):
             try:
                 while (ended := running.poll()) is None:
+                    running.forward(asked)
                     time.sleep(POLL_S)
             finally:
                 running.close()

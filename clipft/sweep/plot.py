@@ -59,6 +59,8 @@ def draw_panel(panel: Any, trials: list[Trial], axis: Axis) -> None:
         if status == "failed":
             edge = panel.get_xaxis_transform()  # x in data, y as a share of the panel
             panel.scatter(x, [0.03] * len(here), label=status, transform=edge, zorder=2, **style)
+            panel.update_datalim([(each, 0) for each in x], updatey=False)  # which matplotlib leaves out then
+            panel.autoscale_view()
         else:
             panel.scatter(x, [trial.value for trial in here], label=status, zorder=3, **style)
     if best := best_of(tried):

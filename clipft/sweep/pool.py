@@ -27,10 +27,11 @@ class Pool:
     def __post_init__(self):
         self.running: list[tuple[Running, dict[str, str]]] = []
         self.asked: list[int] = []
+        self.exhausted = False
 
     def run(self) -> int | None:
         """The first stop signal that came, after which the running trials saved their state; None when all are done."""
-        with heeding(self._ask):
+        with heeding(self.asked.append):
             try:
                 while self._fill() or self.running:
                     self._poll()
@@ -40,14 +41,12 @@ class Pool:
                     running.close()
         return self.asked[0] if self.asked else None
 
-    def _ask(self, number: int) -> None:
-        self.asked.append(number)
-        for running, _ in self.running:
-            running.ask(number)
-
     def _fill(self) -> bool:
         """Starts a trial where there is a place; true when it has, or tried."""
-        if self.asked or not self.free or (trial := self.source.next()) is None:
+        if self.asked or self.exhausted or not self.free:
+            return False
+        if (trial := self.source.next()) is None:
+            self.exhausted = True
             return False
         self.show.started(trial)
         place = self.free.pop()
@@ -62,18 +61,18 @@ class Pool:
             self._end(failed(trial, str(error)))
             return True
         self.running.append((running, place))
-        for number in self.asked:  # while it was started
-            running.ask(number)
         return True
 
     def _poll(self) -> None:
         for running, place in list(self.running):
+            running.forward(self.asked)
             if (trial := running.poll()) is not None:
                 running.close()
                 self.running.remove((running, place))
                 self.free.append(place)
                 self._end(trial)
-        self.show.progress([running for running, _ in self.running], self.source.trials, self.source.planned)
+        if self.running and self.show.due():
+            self.show.progress([running for running, _ in self.running], self.source.trials, self.source.planned)
 
     def _end(self, trial: Trial) -> None:
         self.source.tell(trial)

@@ -38,12 +38,13 @@ class Show:
         so_far = f"; best {best.value:.4f} (trial {best.number})" if best and trial.counts else ""
         self.say(f"trial {trial.number}  {said}{error}{value} ({clock(trial.seconds)}){so_far}")
 
+    def due(self) -> bool:
+        """Whether it is time to say again how far the trials are."""
+        return time.monotonic() - self.shown >= (DRAW_EVERY_S if self.draws else LINE_EVERY_S)
+
     def progress(self, running: Sequence[Running], trials: list[Trial], planned: int) -> None:
-        """Draws over the last line of a terminal twice a second; elsewhere a line a minute."""
-        now = time.monotonic()
-        if not running or now - self.shown < (DRAW_EVERY_S if self.draws else LINE_EVERY_S):
-            return
-        self.shown = now
+        """Draws over the last line of a terminal, or, where there is none, prints one."""
+        self.shown = time.monotonic()
         done = sum(trial.over or trial.status == "failed" for trial in trials)
         line = f"{done} of {planned} trials done  " + "  ".join(where(each) for each in running)
         if self.draws:

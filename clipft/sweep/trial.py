@@ -1,5 +1,6 @@
 """One trial of a sweep: what was tried, how far it came, and the run that trains it."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from clipft.plan import resolve
 from clipft.rundir import is_locked, read_results, settle
 
 OUTPUT = "output.txt"
+GROUP = "WANDB_RUN_GROUP"  # under which wandb shows the trials of a sweep together
 WAIT_S = 0.2  # between looks at a run that another process still holds
 
 Watch = Callable[[Validation], bool]  # told each validation of a trial; true when the trial should be stopped
@@ -57,6 +59,7 @@ class Running:
     watch: Watch
     began: float = field(default_factory=time.monotonic)
     seen: int = 0
+    forwarded: int = 0
     pruned: bool = False
 
     def poll(self) -> Trial | None:
@@ -67,10 +70,12 @@ class Running:
         self._heed_validations(self.job)
         return None if code is None else self._ended(code)
 
-    def ask(self, number: int) -> None:
-        """Sends a stop signal on."""
-        if self.job is not None:
-            self.job.ask(number)
+    def forward(self, asked: list[int]) -> None:
+        """Sends on those of the stop signals that have come since the last time."""
+        for number in asked[self.forwarded :]:
+            if self.job is not None:
+                self.job.ask(number)
+        self.forwarded = len(asked)
 
     def close(self) -> None:
         if self.job is not None:
@@ -122,7 +127,9 @@ def start(trial: Trial, config: Config, environment: dict[str, str], watch: Watc
         return Running(trial, found.path, None, watch)
     job = Job()
     with (found.path / OUTPUT).open("ab") as output:
-        job.start("train", found.path / "config.yaml", config.trainer.devices, environment, output.fileno())
+        together = {GROUP: os.environ.get(GROUP, found.path.parent.name)}
+        file = found.path / "config.yaml"
+        job.start("train", file, config.trainer.devices, environment | together, output.fileno())
     return Running(trial, found.path, job, watch)
 
 

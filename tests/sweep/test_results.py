@@ -112,6 +112,9 @@ def test_numbers_are_drawn_where_they_are_and_failures_on_the_lower_edge():
         "failed": [[0.0012345678901, 0.03]],
         "best (trial 2)": [[3e-4, 0.5]],
     }
+    far = [*TRIALS, failed(Trial(7, {"optim.lr": "0.01", "loss.name": "clip"}), "too fast")]
+    low, high = panel("optim.lr=tag(log, interval(1e-5, 1e-2))", far).get_xlim()
+    assert low < 1e-5 and high > 1e-2
 
 
 def test_words_stand_side_by_side_in_the_order_in_which_they_were_given():
