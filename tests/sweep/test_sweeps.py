@@ -1,6 +1,7 @@
 """Sweeps from their command to their table: trials that end well, badly, early, and again."""
 
 import csv
+import os
 import shlex
 import signal
 import subprocess
@@ -143,13 +144,17 @@ def test_a_trial_that_learns_less_than_the_others_is_stopped_with_its_state_and_
     assert unpruned.statuses() == {0: "finished", 1: "finished"}
 
 
+def joblib(root: Path, name: str, *words: str) -> list[str]:
+    """A sweep whose trials joblib starts, in processes that import everything anew; so does this command."""
+    settings = [f"name={name}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    given = {word.partition("=")[0] for word in words}
+    shared = [each for each in base(root) if each.partition("=")[0] not in given]
+    return [sys.executable, str(Path(clipft.__file__).parent.parent / "train.py"), "-m", *shared, *settings, *words]
+
+
 def test_hydras_launchers_start_the_trials_as_they_like(root):
-    """joblib: in processes of its own, which import everything anew; so here is the whole command too."""
-    words = ["-m", *base(root), *SEARCH, "name=joblib", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    words = [*words, "hydra.sweeper.n_jobs=2"]
-    words[words.index("hydra.sweeper.n_trials=4")] = "hydra.sweeper.n_trials=2"
-    command = [sys.executable, str(Path(clipft.__file__).parent.parent / "train.py"), *words]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", SEARCH[-1]]
+    done = subprocess.run(joblib(root, "joblib", *search), cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((root / "runs" / "joblib" / "results.csv").read_text().splitlines()))
     assert sorted((row["trial"], row["status"]) for row in rows) == [("0", "finished"), ("1", "finished")]
@@ -158,6 +163,27 @@ def test_hydras_launchers_start_the_trials_as_they_like(root):
     trained = {load_config(root / "runs" / "joblib" / name / "config.yaml", Config).optim.lr for name in "01"}
     assert trained == rates
     assert sorted(path.name for path in root.iterdir() if path.name != "notes") == ["data", "model", "runs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code, to_all", [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)])
+def test_a_stop_reaches_the_trials_of_a_launcher_too(root, number, code, to_all):
+    """A terminal sends Ctrl-C to all processes of the command; SIGTERM comes to the first alone."""
+    folder = root / "runs" / f"far-{code}"
+    words = joblib(root, folder.name, "optim.lr=0.01,0.02", "train.max_steps=100000", "eval.every=1000")
+    command = subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not all((folder / name / "checkpoints" / "last.ckpt").exists() for name in "01"):
+            assert command.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        (os.killpg if to_all else os.kill)(command.pid, number)
+        said, _ = command.communicate(timeout=60)
+    finally:
+        command.kill()
+    assert command.returncode == code and "0 of 2 trials done" in said
+    assert said.count("stopped, its state saved") == 2
+    assert all("saved" in read(folder / name / "output.txt").splitlines()[-1] for name in "01")
 
 
 def test_two_sweeps_do_not_share_a_folder(root):
