@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,8 @@ def test_a_stop_reaches_the_trials_of_a_launcher_too(root, number, code, to_all)
         (os.killpg if to_all else os.kill)(command.pid, number)
         said, _ = command.communicate(timeout=60)
     finally:
-        command.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
     assert command.returncode == code and "0 of 2 trials done" in said
     assert said.count("stopped, its state saved") == 2
     assert all("saved" in read(folder / name / "output.txt").splitlines()[-1] for name in "01")
