@@ -17,7 +17,6 @@ from clipft.model.names import closest, kind_of
 DATA_TEXT = tuple(f"data.{field}" for field in ("name", "path", "train", "val", "test"))
 FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", *DATA_TEXT)
 GROUPS = ("model", "data", "tune", "experiment")
-BRACKETS = ("[", "{", "'", '"')  # begin a list or a text, in which commas are no sweep
 SWEEPER = "hydra.sweeper."  # begins the keys of its options
 SWEEPERS = {"grid": config_module.GridConfig, "optuna": config_module.SearchConfig}
 HYDRA_FLAGS = (
@@ -79,7 +78,6 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
     multirun = is_multirun(arguments)
     overrides: list[str] = []
     seen: dict[str, str] = {}
-    first = 0  # place of the first that is no flag: argparse takes them in one piece
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if is_flag(before, argument) or is_hydras(argument):
             overrides.append(argument)
@@ -88,16 +86,12 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
         check_key(argument, key, bool(equals), keys, groups)
         if key in seen:
             raise ValueError(repeated(key, seen[key], value))
-        if not multirun and key not in FREE_TEXT and value[:1] not in BRACKETS and is_sweep(value):
-            raise ValueError(
-                f"{argument!r} has several values. Add -m to train with each of them, one after the other "
-                "(a list is written [A,B])."
-            )
-        first = first if seen else len(overrides)
+        if not multirun and key not in FREE_TEXT and is_sweep(value) and not Path(value).exists():
+            raise ValueError(f"{argument!r} has several values. Add -m to train with each (a list is written [A,B]).")
         seen[key] = value
         overrides += rewrite(key, value, sweeps=multirun and is_sweep(value))
     if schema is config_module.Config and not seen.keys() & {"model", "data", "experiment", "data.path", "data.train"}:
-        overrides.insert(first + 1 if seen else len(overrides), "experiment=toy")
+        overrides.append("experiment=toy")
     return overrides
 
 
@@ -108,9 +102,11 @@ def is_multirun(arguments: list[str]) -> bool:
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Hydra's flags with their words, and the overrides, Hydra's own (hydra.key=value) among them."""
-    pairs = list(zip(["", *arguments], arguments, strict=False))
-    flags = [is_flag(before, argument) for before, argument in pairs]
-    return list(itertools.compress(arguments, flags)), [a for a, flag in zip(arguments, flags, strict=True) if not flag]
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        (flags if is_flag(before, argument) else overrides).append(argument)
+    return flags, overrides
 
 
 def is_flag(before: str, argument: str) -> bool:
@@ -123,8 +119,8 @@ def is_hydras(override: str) -> bool:
 
 
 def is_sweep(value: str) -> bool:
-    """Whether Hydra may read several values in it: a,b or one of its functions."""
-    return "," in value or re.match(r"[a-z_]+\(", value) is not None
+    """Whether Hydra reads several values in it, a,b or one of its functions; a list or a text is one value."""
+    return value[:1] not in ("[", "{", "'", '"') and ("," in value or re.match(r"[a-z_]+\(", value) is not None)
 
 
 def check_key(argument: str, key: str, has_value: bool, keys: set[str], groups: list[str]) -> None:

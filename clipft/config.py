@@ -298,7 +298,7 @@ class TrainConfig:
     max_skipped: int = 10
     """Stop after this many steps in a row whose gradients were not finite; each of them is skipped."""
     max_time: str | None = None
-    """Save and stop so long after the start ("23h", "50min"), as on SIGTERM; null: no limit."""
+    """Save and stop so long after the start ("23h", "50min"), as on SIGTERM; per trial under -m; null: no limit."""
 
     def __post_init__(self):
         if self.batch_size < 2:
@@ -379,7 +379,7 @@ class Config:
     """What `clipft train` reads."""
 
     name: str | None = None
-    """Everything of the run lies in runs/<name>/; made from model and data when not given."""
+    """All of the run lies in runs/<name>/ (of a sweep: its trials); made from model and data when not given."""
     runs_dir: str = "runs"
     """Folder of all runs."""
     resume: str = "auto"

@@ -19,6 +19,7 @@ from clipft.report import clock
 from clipft.sweep.space import as_number
 from clipft.sweep.trial import Trial
 
+CSV = "results.csv"
 STATUSES = ("finished", "out of time", "pruned", "failed", "waiting")  # in the order of the table
 WIDTH = 2000  # never reached: a table that a terminal wraps can still be read, and a shortened number cannot
 

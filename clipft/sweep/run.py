@@ -1,7 +1,6 @@
 """A sweep, read from top to bottom: what is tried, where it lies, the trials, the table."""
 
 import signal
-from functools import partial
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
@@ -10,7 +9,7 @@ from omegaconf import DictConfig
 
 from clipft.arguments import is_hydras, split_flags, to_overrides
 from clipft.config import Config, GridConfig, SearchConfig
-from clipft.rundir import locked, log
+from clipft.rundir import locked
 from clipft.sweep.compose import Composer, without_hydra
 from clipft.sweep.folder import enter
 from clipft.sweep.grid import Grid
@@ -18,7 +17,7 @@ from clipft.sweep.launched import SweepTask, run_launched
 from clipft.sweep.places import places, visible_gpus
 from clipft.sweep.plot import plot
 from clipft.sweep.pool import Pool, Source
-from clipft.sweep.results import command_of, print_table, write_csv
+from clipft.sweep.results import CSV, command_of, print_table, write_csv
 from clipft.sweep.search import Search, build_space
 from clipft.sweep.show import Show
 from clipft.sweep.space import OWN, Axis, as_number, end_points, grid_points, parse_axes
@@ -35,14 +34,14 @@ def run(context: HydraContext, master: DictConfig, task: SweepTask, settings: Gr
     fixed = [each for each in own if key_of(each) not in (*OWN, *(axis.key for axis in axes))]
     composer = Composer(context.config_loader, master, fixed)
     composer.check(points)
-    free = places(settings.n_jobs, devices_of(base, axes), base.trainer.accelerator, visible_gpus())
     launcher = master.hydra.runtime.choices["hydra/launcher"]
     check_launcher(launcher, settings)
+    free = places_for(settings, base, axes) if launcher == "basic" else []
     named = any(key_of(each) == "name" for each in own)
     folder = enter(base, base.name if named else None, axes, settings)
     with locked(folder):
         source = Search(folder, space, settings) if isinstance(settings, SearchConfig) else Grid(folder, points)
-        show = Show(partial(log, folder))
+        show = Show(folder, base.eval.select)
         how = f"{len(free)} at a time" if launcher == "basic" else f"by hydra/launcher={launcher}"
         show.say(headline(folder, source, axes, how, base.eval.select))
         if launcher == "basic":
@@ -52,7 +51,8 @@ def run(context: HydraContext, master: DictConfig, task: SweepTask, settings: Gr
             started = Plugins.instance().instantiate_launcher(context, task, master)
             batch = settings.n_jobs or 1 if isinstance(settings, SearchConfig) else source.planned
             stop = run_launched(source, folder, composer, started, batch, show)
-        say_results(source, folder, axes, base.eval.select, task)
+        flags, _ = split_flags(task.arguments)
+        say_results(source, folder, axes, base.eval.select, task.program, [*flags, *own])
         return say_end(source, show, stop)
 
 
@@ -67,10 +67,11 @@ def key_of(argument: str) -> str:
     return argument.partition("=")[0]
 
 
-def devices_of(base: DictConfig, axes: list[Axis]) -> int:
-    """Devices of a trial; where they are swept, the most of them."""
+def places_for(settings: GridConfig | SearchConfig, base: DictConfig, axes: list[Axis]) -> list[dict[str, str]]:
+    """Where trials run side by side; where trainer.devices is swept, each place has the most of them."""
     swept = [as_number(value) for axis in axes if axis.key == "trainer.devices" for value in axis.values]
-    return int(max((number for number in swept if number), default=base.trainer.devices))
+    devices = int(max((number for number in swept if number), default=base.trainer.devices))
+    return places(settings.n_jobs, devices, base.trainer.accelerator, visible_gpus())
 
 
 def check_launcher(launcher: str, settings: GridConfig | SearchConfig) -> None:
@@ -88,21 +89,23 @@ def headline(folder: Path, source: Source, axes: list[Axis], how: str, select: s
     return f"sweep   {folder}: {source.planned} trials{before} over {swept}, {how}; best is the highest val {select}"
 
 
-def say_results(source: Source, folder: Path, axes: list[Axis], metric: str, task: SweepTask) -> None:
+def say_results(
+    source: Source, folder: Path, axes: list[Axis], metric: str, program: str, arguments: list[str]
+) -> None:
     """Table, results.csv, picture, and the best trial's command."""
     trials, picture = source.trials, folder / "results.png"
-    write_csv(folder / "results.csv", trials, metric)
+    write_csv(folder / CSV, trials, metric)
     print_table(trials, metric)
     if axes and any(trial.value is not None for trial in trials):
         plot(picture, trials, axes, str(folder), metric)
     for trial in trials:
         if trial.status == "failed":
             print(f"trial {trial.number} failed ({' '.join(trial.words())}): {trial.error}")
-    print(f"Results {folder}/results.csv" + (f", {picture}" if picture.exists() else ""))
+    print(f"Results {folder}/{CSV}" + (f", {picture}" if picture.exists() else ""))
     if best := best_of(trials):
         where = f"{folder}/{best.number}"
         print(f"Best: trial {best.number}, val {metric} {best.value:.4f}, in {where}. To train with its settings:")
-        print(f"  {command_of(best, task.program, task.arguments, f'{folder.name}-best')}", flush=True)
+        print(f"  {command_of(best, program, arguments, f'{folder.name}-best')}", flush=True)
 
 
 def say_end(source: Source, show: Show, stop: int | None) -> int:

@@ -3,10 +3,14 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from clipft.report import clock
+from clipft.rundir import log
+from clipft.sweep.results import CSV, write_csv
 from clipft.sweep.trial import Running, Trial, best_of
 
 LINE_EVERY_S = 60.0
@@ -15,28 +19,32 @@ DRAW_EVERY_S = 0.5
 
 @dataclass
 class Show:
-    log: Callable[[str], None]
-    """Adds a line to the sweep's log."""
+    folder: Path
+    metric: str
     draws: bool = field(default_factory=sys.stderr.isatty)
     shown: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
-        if self.draws:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-        print(text, flush=True)
-        self.log(text)
+        """Prints the text and adds it to the sweep's log."""
+        with suppress(OSError):  # a terminal that was closed must not cost the states that are being saved
+            if self.draws:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            print(text, flush=True)
+        log(self.folder, text)
 
     def started(self, trial: Trial) -> None:
         self.say(f"trial {trial.number}  {' '.join(trial.words())}")
 
     def ended(self, trial: Trial, trials: list[Trial]) -> None:
+        """Says how the trial ended, and brings results.csv up to date."""
         said = "stopped, its state saved" if trial.status == "waiting" else trial.status
         value = "" if trial.value is None else f", {trial.value:.4f} at step {trial.step}"
         error = f": {trial.error}" if trial.error else ""
         best = best_of(trials)
         so_far = f"; best {best.value:.4f} (trial {best.number})" if best and trial.counts else ""
         self.say(f"trial {trial.number}  {said}{error}{value} ({clock(trial.seconds)}){so_far}")
+        with suppress(OSError):  # it is written again at the end
+            write_csv(self.folder / CSV, trials, self.metric)
 
     def due(self) -> bool:
         """Whether it is time to say again how far the trials are."""
@@ -47,12 +55,12 @@ class Show:
         self.shown = time.monotonic()
         done = sum(trial.over or trial.status == "failed" for trial in trials)
         line = f"{done} of {planned} trials done  " + "  ".join(where(each) for each in running)
-        if self.draws:
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r\x1b[K{line[:width]}")
-            sys.stderr.flush()
-        else:
-            print(line, flush=True)
+        with suppress(OSError):
+            if self.draws:
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
+            else:
+                print(line, flush=True)
 
 
 def where(running: Running) -> str:

@@ -101,7 +101,8 @@ def test_several_values_without_m_are_answered_with_it(capsys):
     for argument in ("optim.lr=1,2", "optim.lr=interval(1,2)", "model=tiny,small"):
         assert main(["train", argument]) == 2
         assert "Add -m" in capsys.readouterr().err
-    assert main(["train", "model=tiny", "data=toy", "eval.also=[a,b]", "--cfg", "job"]) == 0
+    Path("with,comma").mkdir()
+    assert main(["train", "model=tiny", "data=with,comma", "eval.also=[a,b]", "--cfg", "job"]) == 0
 
 
 def test_torchrun_starts_no_sweep(monkeypatch, capsys):

@@ -1,9 +1,12 @@
 """What a sweep leaves to read: table, results.csv, picture, command."""
 
 import csv
+import io
 import math
+import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from matplotlib.figure import Figure
 
 from clipft.sweep.plot import draw_panel, plot
 from clipft.sweep.results import best_first, command_of, print_table, write_csv
+from clipft.sweep.show import Show
 from clipft.sweep.space import parse_axes
 from clipft.sweep.trial import Trial, best_of, failed
 
@@ -139,3 +143,24 @@ def test_a_picture_has_a_panel_for_each_parameter(tmp_path, keys):
     width, height = (int.from_bytes(raw[start : start + 4]) for start in (16, 20))
     assert raw[1:4] == b"PNG" and width == pytest.approx(min(keys, 3) * 4.4 * 130, abs=2)
     assert height == pytest.approx((math.ceil(keys / 3) * 3.6 + 0.8) * 130, abs=2)
+
+
+def test_results_csv_is_up_to_date_and_a_closed_terminal_ends_nothing(tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    show = Show(tmp_path, "mean_recall@1", draws=False)
+    show.ended(TRIALS[0], TRIALS[:1])
+    assert terminal.getvalue() == "trial 0  finished, 0.2500 at step 40 (1:01); best 0.2500 (trial 0)\n"
+    (end, other) = os.pipe()
+    os.close(end)
+    with os.fdopen(other, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        show.ended(TRIALS[2], TRIALS[:3])
+        with pytest.raises(BrokenPipeError):
+            print("anything", flush=True)
+        monkeypatch.undo()
+        with suppress(BrokenPipeError):
+            closed.close()
+    assert "trial 2  finished" in (tmp_path / "log.txt").read_text()
+    rows = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    assert [row["trial"] for row in rows] == ["2", "0", "1"]
