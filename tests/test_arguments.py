@@ -17,7 +17,7 @@ def test_every_option_of_every_command_is_documented():
 def test_train_alone_is_the_toy_experiment_and_keeps_its_overrides():
     assert to_overrides([], Config) == ["experiment=toy"]
     assert to_overrides(["optim.lr=1e-3"], Config) == ["optim.lr=1e-3", "experiment=toy"]
-    assert to_overrides(["tune=lit", "--cfg", "job"], Config) == ["tune=lit", "experiment=toy", "--cfg", "job"]
+    assert to_overrides(["tune=lit", "--cfg", "job"], Config) == ["tune=lit", "--cfg", "job", "experiment=toy"]
     assert to_overrides(["--cfg", "job"], Config) == ["--cfg", "job", "experiment=toy"]
     assert to_overrides(["model=tiny", "data=toy"], Config) == ["model=tiny", "data=toy"]
     assert to_overrides(["data.train=x.tar"], Config) == ["data.train='x.tar'"]

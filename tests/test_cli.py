@@ -75,6 +75,8 @@ def test_the_composed_config_can_be_shown(capsys):
     assert main(["train", "model=tiny", "data=toy", "optim.lr=0.5", "--cfg", "job"]) == 0
     text = capsys.readouterr().out
     assert "lr: 0.5" in text and "name: tiny" in text and "_target_" not in text
+    assert main(["train", "optim.lr=0.5", "--cfg", "job", "train.seed=7"]) == 0  # a flag between overrides
+    assert "seed: 7" in capsys.readouterr().out
 
 
 def test_a_changed_config_is_shown_whole(capsys, monkeypatch):

@@ -85,9 +85,9 @@ class OpenShard:
         if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
             raise BadSample("shard_changed")  # since it was indexed: its members lie elsewhere now
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # at the end of the interpreter `os` may be gone
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)
 
 
 # pread has no file position, so processes made by fork may share these descriptors.
