@@ -24,7 +24,8 @@ def load(
     """A model in evaluation mode, to encode, score and classify with.
 
     `name` and `pretrained` are what model= and model.pretrained= are on the command line: a run directory, an export
-    folder, or an architecture of open_clip with the weights of a tag ("default": the one in conf/model/, None: random).
+    folder, a weight file, or an architecture of open_clip with the weights of a tag or file ("default": the tag in
+    conf/model/, None: random).
     `checkpoint` picks weights of a run: best, last or a step. `device` is a GPU where there is one, else the CPU.
     ValueError names what cannot be loaded.
     """

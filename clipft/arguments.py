@@ -12,10 +12,12 @@ from pathlib import Path
 
 from clipft import config as config_module
 from clipft.conf_files import data_folder, yaml_names
-from clipft.model.names import closest, kind_of
+from clipft.model.names import architecture_cfg, architecture_files, closest
+from clipft.model.sources import kind_of
+from clipft.model.towers import check_towers
 
 DATA_TEXT = tuple(f"data.{field}" for field in ("name", "path", "train", "val", "test"))
-FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", *DATA_TEXT)
+FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", "model.pretrained", *DATA_TEXT)
 GROUPS = ("model", "data", "tune", "experiment")
 SWEEPER = "hydra.sweeper."  # begins the keys of its options
 SWEEPERS = {"grid": config_module.GridConfig, "optuna": config_module.SearchConfig}
@@ -90,6 +92,8 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
             raise ValueError(f"{argument!r} has several values. Add -m to train with each (a list is written [A,B]).")
         seen[key] = value
         overrides += rewrite(key, value, sweeps=multirun and is_sweep(value))
+    if seen.get("model.pretrained", "null") != "null":  # checked, and refused where the model brings its own weights
+        overrides = [each for each in overrides if each != "model.pretrained=null"]
     if schema is config_module.Config and not seen.keys() & {"model", "data", "experiment", "data.path", "data.train"}:
         overrides.append("experiment=toy")
     return overrides
@@ -190,6 +194,8 @@ def quoted(value: str) -> str:
 def model_overrides(value: str) -> list[str]:
     value = value.strip("'\"")
     if value in yaml_names("model") or kind_of(value) == "architecture":
+        if value in architecture_files():
+            check_towers(value, architecture_cfg(value))
         return [f"model={value}"]
     return [f"model.name={quoted(value)}", "model.pretrained=null"]
 

@@ -15,7 +15,8 @@ from clipft.files import replace_file
 from clipft.learn.memory import is_out_of_memory, kept_beside, largest_that_fits
 from clipft.learn.module import train_mode
 from clipft.learn.step import Towers
-from clipft.model.load import Clip
+from clipft.model.build import Clip
+from clipft.model.options import set_checkpointing
 from clipft.ranks import Ranks
 from clipft.report import RunFailed
 
@@ -50,6 +51,7 @@ def place(config: Config, ranks: Ranks) -> dict[str, Any]:
         "devices": ranks.world,
         "precision": ranks.precision,
         "batch_size": config.train.batch_size,
+        "grad_checkpointing": config.model.grad_checkpointing,
     }
 
 
@@ -68,6 +70,10 @@ def remember(folder: Path, here: dict[str, Any], pairs: int) -> None:
 
 def tried(share: int, config: Config, ranks: Ranks, clip: Clip, towers: Towers) -> int:
     """The most pairs that fit beside weights, gradients and what the optimizer keeps."""
+    # On a CPU the activations are counted when they are kept, and what is computed again never is: its most, one block
+    # of a tower, would be missing. So they are counted as if all were kept, and model.grad_checkpointing saves memory
+    # there but does not raise the number by itself.
+    counted = config.model.grad_checkpointing and ranks.device.type != "cuda"
     reserve = 0
     if ranks.device.type == "cuda":
         reserve = FLOAT_BYTES * kept_beside(config, clip.model) + int(
@@ -86,9 +92,13 @@ def tried(share: int, config: Config, ranks: Ranks, clip: Clip, towers: Towers) 
 
     was_training = clip.model.training
     train_mode(clip.model, batch_norm=False)  # a trial must leave no trace in the statistics
+    if counted:
+        set_checkpointing(clip.model, False)
     try:
         return largest_that_fits(share, try_pairs, ranks.device, ranks.local_world)
     finally:
+        if counted:
+            set_checkpointing(clip.model, True)
         clip.model.train(was_training)
         clip.model.zero_grad(set_to_none=True)
         del ballast

@@ -22,6 +22,7 @@ from clipft.arguments import (
 from clipft.conf_files import conf_dirs, yaml_names
 from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig, VerifyConfig
 from clipft.learn.stop import STOPPED
+from clipft.model.listing import list_models
 from clipft.model.names import architecture_names
 from clipft.report import RunFailed
 from clipft.rundir import save_config, settle
@@ -44,6 +45,9 @@ python train.py -m optim.lr=1e-5,3e-5 train.batch_size=64,128        a grid: eve
 python train.py -m hydra/sweeper=optuna 'optim.lr=tag(log, interval(1e-6, 1e-4))' hydra.sweeper.n_trials=30
         a search, in interval(a, b), int(interval(a, b)), range(a, b, step), tag(log, interval(a, b)) or values"""
 
+MODELS = "models"
+MODELS_DOC = "list the architectures with the tags of their weights; `clipft models WORD ...` those with the words"
+
 
 @dataclass(frozen=True)
 class Command:
@@ -58,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 failed, 2 unusable config or data, 130 and 143 stopped by a signal with state saved."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if arguments[:1] == [MODELS] and not {"-h", "--help"} & set(arguments):
+            print(list_models(arguments[1:]))
+            return 0
         name, rest = split_command(arguments)
         if name is None or {"-h", "--help"} & set(rest):
             print(help_text(name))
@@ -72,18 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The command's name (None: only help is wanted) and its arguments."""
-    if not arguments or arguments[0] in ("-h", "--help") or (arguments[1:2] == ["--help"] and arguments[0] == "data"):
+    if (
+        not arguments
+        or arguments[0] in ("-h", "--help", MODELS)
+        or (arguments[1:2] == ["--help"] and arguments[0] == "data")
+    ):
         return None, []
     for words in (2, 1):
         if (name := " ".join(arguments[:words])) in COMMANDS:
             return name, arguments[words:]
     near = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, n=1, cutoff=0.3)
     hint = f" Did you mean clipft {near[0]}?" if near else ""
-    raise ValueError(f"{arguments[0]!r} is no command. There are: {', '.join(COMMANDS)}.{hint}")
+    raise ValueError(f"{arguments[0]!r} is no command. There are: {', '.join([*COMMANDS, MODELS])}.{hint}")
 
 
 def help_text(name: str | None) -> str:
-    commands = "\n".join(f"  clipft {each:<11} {command.doc}" for each, command in COMMANDS.items())
+    docs = {each: command.doc for each, command in COMMANDS.items()} | {MODELS: MODELS_DOC}
+    commands = "\n".join(f"  clipft {each:<11} {doc}" for each, doc in docs.items())
     text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\nExamples\n{EXAMPLES}\n\n"
     schema = COMMANDS[name or "train"].schema
     groups = (f"{group}={'|'.join(yaml_names(group))}" for group in ("tune", "experiment"))
@@ -218,13 +230,14 @@ def prepare(config: Config) -> Path | None:
 def evaluate(config: EvaluateConfig) -> int:
     from clipft.data.split import find_shards
     from clipft.launch import is_rank
-    from clipft.model.names import check_model
+    from clipft.model.check import check_model, check_reachable
     from clipft.plan import make_toy_data
     from clipft.rank import evaluate_under_torchrun
 
     make_toy_data(config.data)
     check_model(config.model)
     find_shards(config.data)
+    check_reachable(config.model)
     if is_rank():
         return evaluate_under_torchrun(config)
     return launch_from_file("evaluate", config, config.trainer.devices)

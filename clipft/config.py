@@ -100,13 +100,24 @@ def as_rules(key: str, value: Any) -> list[dict[str, Any]]:
 @dataclass(kw_only=True)
 class ModelConfig:
     name: str
-    """An architecture of open_clip, one of ours (tiny, small), a run directory, or a local open_clip directory."""
+    """An architecture (`clipft models` lists all), a run, a weight file, an open_clip directory, or hf-hub:org/name."""
     pretrained: str | None
-    """open_clip's weight tag for an architecture; null starts from random weights."""
+    """Weights for an architecture: a tag of open_clip, a file, a run, an open_clip directory; null: random ones."""
     checkpoint: str = "best"
     """Which weights of a run directory: best, last, or a step number."""
+    image_size: int | None = None
+    """Side of the images in pixels; null: as the model has it. Position embeddings are interpolated."""
+    context_length: int | None = None
+    """Tokens of a caption; null: as the model has it. Position embeddings are stretched."""
+    patch_dropout: float | None = None
+    """Share of the patches that a training step leaves out of each image; null: as the model has it."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same result."""
 
     def __post_init__(self):
+        positive(model__image_size=self.image_size, model__context_length=self.context_length)
+        if self.patch_dropout is not None and not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"model.patch_dropout={self.patch_dropout} must be at least 0 and less than 1.")
         if self.checkpoint not in ("best", "last") and not self.checkpoint.isdigit():
             raise ValueError(f"model.checkpoint={self.checkpoint!r} must be best, last, or a step number.")
 
@@ -462,6 +473,12 @@ class EvaluateConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self):
+        for key, value in (
+            ("patch_dropout", self.model.patch_dropout),
+            ("grad_checkpointing", self.model.grad_checkpointing),
+        ):
+            if value:
+                raise ValueError(f"model.{key}={value} would be ignored: it belongs to training. Leave it out.")
         one_of("relevance", self.relevance, ("caption", "pair"))
         positive(batch_size=self.batch_size)
         if self.split is not None:

@@ -20,7 +20,7 @@ from clipft.guide import Augment, GuideLoss, guide_loss, random_views
 from clipft.judge.zero_shot import class_prototypes
 from clipft.model.encode import can_trim, encode_image, encode_text, token_states
 from clipft.model.load import Clip, load_model
-from clipft.model.names import kind_of
+from clipft.model.sources import kind_of
 
 ImageLike = str | Path | Image.Image | Tensor
 Images = Sequence[ImageLike] | Tensor

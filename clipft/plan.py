@@ -20,7 +20,8 @@ from clipft.data.pairs import Units, build_units
 from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
 from clipft.learn.optimizer_names import check_optimizer
-from clipft.model.names import check_model, kind_of
+from clipft.model.check import check_model, check_reachable
+from clipft.model.sources import base_run
 from clipft.rundir import load_config
 
 if TYPE_CHECKING:  # both import torch, and the command line must answer before that
@@ -60,7 +61,8 @@ def resolve(config: Config) -> Config:
             "some devices would have no sample."
         )
     check_batch_norm(config, config.trainer.devices, config.train.micro_batch or config.train.batch_size)
-    lr = config.optim.lr if config.optim.lr is not None else default_lr(config.model.name)
+    check_reachable(config.model)
+    lr = config.optim.lr if config.optim.lr is not None else default_lr(base_run(config.model))
     return replace(
         config,
         optim=replace(config.optim, lr=lr),
@@ -85,8 +87,8 @@ def other_data(config: Config) -> tuple[list[DataConfig], list[str]]:
         except ValueError as error:
             raise ValueError(f"eval.also: {name!r} cannot be measured. {error}") from error
         found.append(named_data(name))
-    if kind_of(config.model.name) == "run":
-        base = load_config(Path(config.model.name) / "config.yaml", Config).data
+    if run := base_run(config.model):
+        base = load_config(run / "config.yaml", Config).data
         try:
             find_shards(base)
             found.append(base)
@@ -170,11 +172,11 @@ def succeeds(read: Callable[[], Any]) -> bool:
         return False
 
 
-def default_lr(model: str) -> float:
+def default_lr(base: Path | None) -> float:
     """For our own runs a tenth of what they were trained with: small models want more than large ones."""
-    if kind_of(model) != "run":
+    if base is None:
         return FINE_TUNING_LR
-    lr = load_config(Path(model) / "config.yaml", Config).optim.lr
+    lr = load_config(base / "config.yaml", Config).optim.lr
     return max(FINE_TUNING_LR, (lr or 0.0) / 10)
 
 

@@ -38,9 +38,11 @@ from clipft.measure import (
     reported,
     validation,
 )
+from clipft.model.build import Clip, description
 from clipft.model.encode import can_trim
-from clipft.model.load import RUN_CONFIG, Clip, add_bias, description, load_model, set_temperature
-from clipft.model.names import starts_random
+from clipft.model.load import add_bias, load_model, set_temperature
+from clipft.model.reach import freeze_unreached
+from clipft.model.sources import RUN_CONFIG, starts_random
 from clipft.model.tune import freeze, lr_multipliers
 from clipft.model.weights import load_exactly, read_checkpoint
 from clipft.plan import Steps, check_batch_norm, count_steps, order_of, plan_lines, units_of
@@ -68,6 +70,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     multipliers = lr_multipliers(clip.model, config.tune)
     freeze(clip.model, multipliers)
     freeze_fixed(clip.model, config.loss)
+    freeze_unreached(clip)
     meta = describe_run(config, splits, order, steps, clip)
     if ranks.world > 1:  # the checksum reads all weights
         check_alike(facts(config, meta, clip.model))

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from clipft.config import Config
 from clipft.files import replace_file
+from clipft.model.forms import SUFFIXES
 
 Schema = TypeVar("Schema")
 
@@ -23,6 +24,7 @@ FREE = (
     "runs_dir",
     "resume",
     "logger",
+    "model.grad_checkpointing",
     "train.micro_batch",
     "train.max_time",
     "train.max_skipped",
@@ -57,7 +59,8 @@ def settle(config: Config) -> RunDir:
 
 
 def default_name(config: Config) -> str:
-    return f"{Path(config.model.name).name}-{config.data.name or 'data'}"
+    model = Path(config.model.name)
+    return f"{model.stem if model.suffix in SUFFIXES else model.name}-{config.data.name or 'data'}"
 
 
 def _enter(path: Path, config: Config) -> RunDir:

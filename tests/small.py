@@ -27,7 +27,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), 
 
 def make_model(folder: Path, model_cfg: dict[str, Any] = MODEL_CFG) -> Path:
     """A local open_clip folder with random weights."""
-    from clipft.model.load import build, description
+    from clipft.model.build import build, description
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -57,6 +57,18 @@ def test_free_text_reaches_hydra_quoted():
     assert to_overrides(["name=it's"], Config)[0] == r"name='it\'s'"
 
 
+def test_weights_are_free_text_and_are_not_forgotten_beside_a_model_that_brings_its_own(tmp_path):
+    given = ["model.pretrained=a(1)/epoch=3.pt", "data=toy"]
+    expected = "model.pretrained='a(1)/epoch=3.pt'"
+    assert to_overrides(["model=tiny", *given], Config) == ["model=tiny", expected, "data=toy"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
+    for arguments in (["model=run", *given], [*given, "model=run"]):  # refused later, by name
+        found = to_overrides(arguments, Config)
+        assert expected in found and "model.pretrained=null" not in found
+    assert "model.pretrained=null" in to_overrides(["model=run", "data=toy"], Config)
+
+
 def test_a_packed_folder_is_found_by_name_and_by_path(tmp_path):
     (tmp_path / "data" / "birds").mkdir(parents=True)
     expected = ["data.name='birds'", "data.path='data/birds'"]

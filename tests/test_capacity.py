@@ -75,6 +75,15 @@ def test_what_was_found_on_full_length_captions_is_kept_for_the_next_start(clip,
     assert choose_micro_batch(asked(tmp_path), tmp_path, elsewhere, clip, towers(clip)) == 8
 
 
+def test_activations_that_are_computed_again_are_counted_on_a_cpu_as_if_they_were_kept(clip, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipft.learn.memory.host_memory", lambda: 2e5)
+    plain = choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, towers(clip))
+    again = replace(asked(tmp_path), model=ModelConfig(name=clip.name, pretrained=None, grad_checkpointing=True))
+    other = load_model(again.model, seed=0)
+    assert 1 <= plain < 8 and choose_micro_batch(again, tmp_path, ONE, other, towers(other)) == plain
+    assert other.model.visual.transformer.grad_checkpointing and other.model.transformer.grad_checkpointing
+
+
 def test_a_device_without_room_for_a_pair_is_named(clip, tmp_path, monkeypatch):
     monkeypatch.setattr("clipft.learn.memory.host_memory", lambda: 10.0)
     with pytest.raises(RunFailed, match="cpu has no memory for one pair"):

@@ -53,6 +53,9 @@ def test_intervals_are_steps_or_durations(text, steps, seconds):
 # Every option of `train` stands in one of these tables.
 # 1. Changed alone, it changes what a run of six steps leaves.
 CHANGES = [
+    "model.image_size=24",
+    "model.context_length=10",
+    "model.patch_dropout=0.5",
     "data.name=other",
     "data.train={data}/train-00000.tar",
     "data.val={data}/test-00000.tar",
@@ -101,6 +104,9 @@ REFUSED = [
     "model.name=tiney",
     "model.pretrained=openai",
     "model.checkpoint=first",
+    "model.image_size=0",
+    "model.context_length=0",
+    "model.patch_dropout=1",
     "data.path=nowhere",
     "data.train=nowhere",
     "data.val_frac=1.5",
@@ -160,6 +166,7 @@ ELSEWHERE = {
     "model.name": "test_a_base_run_is_measured_again_on_its_own_data",
     "model.pretrained": "test_every_curated_model_has_an_existing_name_and_tag",
     "model.checkpoint": "test_a_run_directory_gives_back_weights_activation_and_preprocessing",
+    "model.grad_checkpointing": "test_memory_settings_leave_the_result",
     "data.path": "test_a_run_leaves_what_it_promises",
     "data.val_frac": "test_the_share_that_is_held_out_is_the_one_asked_for",
     "data.workers": "test_loader_processes_are_as_many_as_asked_for",
@@ -273,7 +280,9 @@ def test_epochs_count_the_steps(root):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("free", ["train.micro_batch=3", "data.workers=1", "eval.batch_size=5"])
+@pytest.mark.parametrize(
+    "free", ["train.micro_batch=3", "data.workers=1", "eval.batch_size=5", "model.grad_checkpointing=true"]
+)
 def test_memory_settings_leave_the_result(root, plain, free):
     found = outcome(train_here(make_config(root, free, f"name={key_of(free)}"))[1])
     for ours, theirs in zip(found["rows"], plain["rows"], strict=True):

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import clipft
 from clipft.encoder import Encoder
-from clipft.model.load import build
+from clipft.model.build import build
 
 CAPTIONS = ["a red dog", "two blue birds over a lake", "green", "word " * 40, "<end_of_text> a cat"]
 

@@ -31,9 +31,9 @@ def test_what_depends_on_the_base_is_filled_in(config):
 
 def test_a_run_is_tuned_with_a_tenth_of_its_rate(config, tmp_path):
     base = replace(config, runs_dir=str(tmp_path / "runs"), name="base", optim=OptimConfig(lr=2e-3))
-    assert default_lr(str(settle(base).path)) == pytest.approx(2e-4)
+    assert default_lr(settle(base).path) == pytest.approx(2e-4)
     low = replace(base, name="low", optim=OptimConfig(lr=3e-5))
-    assert default_lr(str(settle(low).path)) == 1e-5
+    assert default_lr(settle(low).path) == 1e-5
 
 
 def test_a_set_of_labels_is_refused_before_anything_starts(config, tmp_path):

@@ -173,9 +173,11 @@ def test_captions_that_are_not_utf8_are_dropped_or_repaired_as_the_config_says(r
         assert code == 0 and read_results(path)["meta"]["ledger"]["dropped"] == dropped
 
 
-def test_two_ranks_with_micro_batches_train_the_model_of_one(root, tmp_path):
-    assert train_here(make_config(root, "name=one", "optim.eps=1e-6"))[0] == 0
-    two = resolve(make_config(root, "name=two", "optim.eps=1e-6", "trainer.devices=2", "train.micro_batch=3"))
+@pytest.mark.parametrize("again", ["false", "true"], ids=["activations kept", "activations computed again"])
+def test_two_ranks_with_micro_batches_train_the_model_of_one(root, tmp_path, again):
+    assert train_here(make_config(root, f"runs_dir={tmp_path}", "name=one", "optim.eps=1e-6"))[0] == 0
+    parts = ["trainer.devices=2", "train.micro_batch=3", f"model.grad_checkpointing={again}"]
+    two = resolve(make_config(root, f"runs_dir={tmp_path}", "name=two", "optim.eps=1e-6", *parts))
     settle(two)
     assert on_ranks(2, tmp_path, on_rank, two) == [0, 0]
     paths = [Path(two.runs_dir) / name for name in ("one", "two")]

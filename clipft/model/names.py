@@ -7,11 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from clipft.config import ModelConfig
-
 OURS = Path(__file__).parent / "architectures"
-RUN_FILES = ("config.yaml", "checkpoints")
-FOLDER_CONFIG = "open_clip_config.json"
 
 
 def open_clip_dir() -> Path:
@@ -49,27 +45,36 @@ def call_keywords(node: ast.expr) -> dict[str, ast.expr]:
 
 
 @cache
-def pretrained_tags() -> dict[str, list[str]]:
-    """Weight tags of every architecture, from the assignments in open_clip/pretrained.py."""
+def pretrained_tags() -> dict[str, dict[str, str]]:
+    """Weight tags of every architecture, each with its place on the hub ("org/name/" or "org/name/file").
+
+    Read from the assignments in open_clip/pretrained.py.
+    """
     source = (open_clip_dir() / "pretrained.py").read_text(encoding="utf-8")
     values: dict[str, ast.expr] = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             values[node.targets[0].id] = node.value
-    tags: dict[str, list[str]] = {}
+    tags: dict[str, dict[str, str]] = {}
     for architecture, node in call_keywords(values["_PRETRAINED"]).items():
         entries = call_keywords(values[node.id] if isinstance(node, ast.Name) else node)
-        tags[architecture] = list(entries)
+        found = {tag: call_keywords(entry) for tag, entry in entries.items()}
+        tags[architecture] = {tag: text_in(fields["hf_hub"]) for tag, fields in found.items()}
         # open_clip lists the tags trained with QuickGELU a second time, under the architecture's twin.
-        quick = [tag for tag, entry in entries.items() if "quick_gelu" in call_keywords(entry)]
+        quick = {tag: tags[architecture][tag] for tag, fields in found.items() if "quick_gelu" in fields}
         if quick:
             tags[f"{architecture}-quickgelu"] = quick
     return tags
 
 
+def text_in(node: ast.expr) -> str:
+    assert isinstance(node, ast.Constant), "open_clip/pretrained.py computes a place on the hub"
+    return str(node.value)
+
+
 def tags_of(architecture: str) -> list[str]:
     """Weight tags of the architecture; empty where it has none."""
-    return list(pretrained_tags().get(architecture, []))
+    return list(pretrained_tags().get(architecture, {}))
 
 
 def clean_tag(tag: str) -> str:
@@ -83,84 +88,3 @@ def closest(word: str, choices: list[str]) -> str:
     asked = word.lower().replace("_", "-").replace("/", "-")
     found = [plain[name] for name in difflib.get_close_matches(asked, list(plain), n=3, cutoff=0.5)]
     return " or ".join(", ".join(found).rsplit(", ", 1))
-
-
-def kind_of(name: str) -> str:
-    """ "architecture", "run" (a run directory) or "folder" (a local open_clip directory)."""
-    if name in architecture_files():
-        return "architecture"
-    if name.startswith("hf-hub:"):
-        raise ValueError(
-            f"model.name={name!r}: hub ids are not read yet. Download the repository into a folder "
-            f"(hf download {name.removeprefix('hf-hub:')} --local-dir FOLDER) and use model=FOLDER."
-        )
-    path = Path(name.removeprefix("local-dir:"))
-    if all((path / file).exists() for file in RUN_FILES):
-        return "run"
-    if (path / FOLDER_CONFIG).is_file():
-        return "folder"
-    if path.is_dir():
-        raise ValueError(
-            f"model.name={name!r} is neither a run directory (with {' and '.join(RUN_FILES)}) "
-            f"nor an open_clip directory (with {FOLDER_CONFIG})."
-        )
-    near = closest(name, architecture_names())
-    hint = f"Did you mean {near}?" if near else "`open_clip.list_models()` lists what open_clip has."
-    raise ValueError(f"model.name={name!r} is no architecture, run directory or open_clip directory. {hint}")
-
-
-def starts_random(config: ModelConfig) -> bool:
-    """Whether the model has no trained weights to start from."""
-    return kind_of(config.name) == "architecture" and config.pretrained is None
-
-
-def check_tag(architecture: str, tag: str) -> None:
-    tags = tags_of(architecture)
-    if clean_tag(tag) in tags:
-        return
-    if not tags:
-        raise ValueError(
-            f"model.pretrained={tag!r}: there are no weights for {architecture}. "
-            "Use model.pretrained=null to start from random weights."
-        )
-    near = closest(tag, tags)
-    hint = f"Did you mean {near}? " if near else ""
-    raise ValueError(f"model.pretrained={tag!r} is no tag of {architecture}. {hint}Its tags: {', '.join(tags)}.")
-
-
-def check_towers(name: str, model_cfg: dict) -> None:
-    """Raise for towers that cannot be built here."""
-    if "multimodal_cfg" in model_cfg:
-        raise ValueError(
-            f"model.name={name!r} is a CoCa model (it also writes captions); clipft trains two-tower models."
-        )
-    text = model_cfg["text_cfg"]
-    foreign = text.get("hf_model_name") or text.get("hf_tokenizer_name")
-    if foreign and find_spec("transformers") is None:
-        raise ValueError(
-            f"model.name={name!r} uses {foreign} of transformers. Run: pip install transformers sentencepiece"
-        )
-
-
-def check_model(config: ModelConfig) -> None:
-    """Raise for a name, tag or combination that cannot be loaded; imports nothing heavy."""
-    if kind_of(config.name) == "architecture":
-        check_towers(config.name, architecture_cfg(config.name))
-        if config.checkpoint != "best":
-            raise ValueError(
-                f"model.checkpoint={config.checkpoint!r} picks weights of a run directory, and "
-                f"model.name={config.name!r} is an architecture. Leave it out."
-            )
-        if config.pretrained is not None:
-            check_tag(config.name, config.pretrained)
-        return
-    if config.pretrained is not None:
-        raise ValueError(
-            f"model.pretrained={config.pretrained!r} would be ignored: the weights come from "
-            f"model.name={config.name!r}. Leave model.pretrained out."
-        )
-    if kind_of(config.name) == "folder" and config.checkpoint != "best":
-        raise ValueError(
-            f"model.checkpoint={config.checkpoint!r} picks weights of a run directory, and "
-            f"model.name={config.name!r} is an open_clip directory. Leave it out."
-        )

@@ -1,78 +1,97 @@
-"""Weight files -> tensors in a model; a file that is missing, damaged or another model's is named."""
+"""Weight files -> tensors under names; nothing in a file is ever run, whatever wrote it."""
 
-import os
-import zipfile
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from clipft.model.encode import OpenClip
+from clipft.model.forms import NUMPY, PICKLE, SAFETENSORS, STATE, TORCHSCRIPT, check_archive, form_of
+from clipft.model.torchscript import read_torchscript
 
-REACH_S = 5.0  # huggingface_hub itself retries for over twenty seconds a file
-
-
-def find_tag_weights(architecture: str, tag: str, tag_cfg: dict) -> Path:
-    """The tag's weight file: from the Hugging Face cache, else downloaded; never anything in its place."""
-    from huggingface_hub import try_to_load_from_cache
-    from open_clip import download_pretrained
-
-    repo, names = hub_files(tag_cfg)
-    for name in names:
-        cached = try_to_load_from_cache(repo, name)
-        if isinstance(cached, str):
-            return Path(cached)
-    reason = why_no_hub()
-    if reason is None:
-        try:
-            return Path(download_pretrained(tag_cfg))
-        except Exception as error:  # requests, httpx, OSError, by version of huggingface_hub
-            reason = f"the download failed: {error}"
-    raise ValueError(missing_weights(architecture, tag, repo, names, reason))
+OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")  # beside the tensors of OpenAI's archives only
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, LightningModules
 
 
-def hub_files(tag_cfg: dict) -> tuple[str, list[str]]:
-    """The tag's repository and the files that may hold its weights, in the order open_clip tries them."""
-    repo, file = os.path.split(tag_cfg["hf_hub"])
-    if not file:
-        return repo, [
-            "open_clip_model.safetensors",
-            "open_clip_pytorch_model.safetensors",
-            "open_clip_pytorch_model.bin",
-        ]
-    return repo, [str(Path(file).with_suffix(".safetensors")), file]
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file, in fp32 where they were shorter, and what tells where they come from."""
+
+    state: dict[str, Tensor]
+    openai: bool
+    """Whether the file is of the form that OpenAI alone has published: its models have QuickGELU."""
+    mixed: bool
+    """Whether it was a bare state dict with matrices in fp16 and the rest in fp32, as OpenAI's models save it."""
+    average: bool = False
+    """Whether they are the moving average that a run of ours measured."""
 
 
-def why_no_hub() -> str | None:
-    """Why nothing can be downloaded, found within seconds; None if the hub answers."""
-    from huggingface_hub import constants, get_session
+def read_weights(path: Path) -> Weights:
+    """The weights in a file of any form but big_vision's; raises ValueError with the file and what is wrong with it."""
+    form = form_of(path)
+    content = read_content(path, form)
+    trained = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
+    found = content["state_dict"] if trained else content
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path} holds a {type(found).__name__}, no weights by name.")
+    openai = all(mark in found for mark in OPENAI_MARKS)
+    state = without_wrappers({name: value for name, value in found.items() if name not in OPENAI_MARKS})
+    if form == TORCHSCRIPT:
+        state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange or not state:
+        keys = ", ".join(list(found)[:8]) or "nothing"
+        raise ValueError(f"{path} holds no weights by name: it has {keys}, and clipft looks for state_dict or tensors.")
+    mixed = form in (STATE, PICKLE) and not trained and has_both_precisions(state.values())
+    average = trained and "raw_state_dict" in content
+    return Weights({name: as_float(value) for name, value in state.items()}, openai, mixed, average)
 
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
+
+def read_content(path: Path, form: str) -> Any:
+    if form == NUMPY:
+        raise ValueError(
+            f"{path} has big_vision's names: say which model it is, model=ARCHITECTURE model.pretrained={path}."
+        )
+    if form in (STATE, TORCHSCRIPT):
+        check_archive(path)
+    if form == TORCHSCRIPT:
+        return read_torchscript(path)
     try:
-        get_session().head(constants.ENDPOINT, timeout=REACH_S)
-    except Exception as error:  # requests or httpx, by version of huggingface_hub
-        return f"{constants.ENDPOINT} does not answer ({error})"
-    return None
+        if form == SAFETENSORS:
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # about this machine, now; not about the file
+        raise
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: it cannot be read as safetensors ({error}).") from error
+    except Exception as error:  # torch raises half a dozen types
+        raise ValueError(unreadable(path, error)) from error
 
 
-def missing_weights(architecture: str, tag: str, repo: str, names: list[str], reason: str) -> str:
-    from huggingface_hub import constants
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without what training frameworks put before every name."""
+    for prefix in WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            return without_wrappers({name.removeprefix(prefix): value for name, value in state.items()})
+    return state
 
-    return (
-        f"model.pretrained={tag!r}: the weights of {architecture} are not on this machine and {reason}. "
-        f"Needed: {names[0]} (or {names[-1]}) of https://huggingface.co/{repo}. On a connected machine run "
-        f"`hf download {repo}`, then copy the folder models--{repo.replace('/', '--')} of its Hugging Face "
-        f"cache into {constants.HF_HUB_CACHE} here; or run `hf download {repo} --local-dir FOLDER`, "
-        f"copy FOLDER here and use model=FOLDER. To start from random weights instead: model.pretrained=null."
-    )
+
+def has_both_precisions(values: Iterable[Tensor]) -> bool:
+    return {torch.float16, torch.float32} <= {value.dtype for value in values}
+
+
+def as_float(value: Tensor) -> Tensor:
+    """fp16 and bf16 as fp32: position embeddings are interpolated, and training starts, in that."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The model's weights in a training state, under open_clip's names; never unpickles anything else."""
-    if not path.is_file():
-        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.ckpt"))) or "none"
-        raise ValueError(f"model.checkpoint: {path} does not exist. In {path.parent} there are: {there}.")
+    """The model's weights in a training state of ours, under open_clip's names."""
     check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
@@ -80,35 +99,21 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise ValueError(unreadable(path, error)) from error
 
 
-def is_average(path: Path) -> bool:
-    """Whether the weights in a training state are a moving average of those that were trained."""
-    return "raw_state_dict" in torch.load(path, weights_only=True, mmap=True)
-
-
-def check_archive(path: Path) -> None:
-    """Raises unless every byte that torch.save wrote is there as it was (the zip format keeps a CRC of each part).
-
-    torch.load itself does not look at them: a flipped bit in a tensor would load as another weight.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, MemoryError):  # about this machine, now; not about the file
-        raise
-    except Exception as error:  # zipfile raises half a dozen types, by where the damage lies
-        size = path.stat().st_size
-        raise ValueError(f"{path} is damaged: {size:,} bytes that are no whole archive ({error}).") from error
-    if damaged:
-        raise ValueError(f"{path} is damaged: the bytes of {damaged} are not those that were written.")
-
-
 def unreadable(path: Path, error: Exception) -> str:
-    first_line = (str(error).splitlines() or [""])[0]
-    kind = type(error).__name__
-    return f"{path} cannot be read as this model's weights: damaged, or another's ({kind}: {first_line})."
+    # torch puts advice on how to load it all the same before and after the cause.
+    cause = re.search(r"WeightsUnpickler error: (.*?)(?: Please use|\n|$)", str(error))
+    reason = cause[1] if cause else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return (
+        f"{path} cannot be read as weights: damaged, or more than tensors is in it ({reason}). "
+        "Where you trust the file, convert it: "
+        'python -c "import torch; from safetensors.torch import save_file; '
+        f"state = torch.load('{path}', map_location='cpu', weights_only=False); "
+        "state = state.get('state_dict', state); "
+        "save_file({name: value.clone() for name, value in state.items()}, 'weights.safetensors')\""
+    )
 
 
-def load_exactly(model: OpenClip, state: dict[str, Tensor], path: Path) -> None:
+def load_exactly(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Copies the weights in; every name and shape must agree."""
     differences = first_differences(model, state)
     if differences:
@@ -116,7 +121,7 @@ def load_exactly(model: OpenClip, state: dict[str, Tensor], path: Path) -> None:
     model.load_state_dict(state)
 
 
-def first_differences(model: OpenClip, state: dict[str, Tensor]) -> str:
+def first_differences(model: nn.Module, state: dict[str, Tensor]) -> str:
     """The first few names that only one side has or whose shapes differ; empty if all agree."""
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in state.items()}
@@ -126,13 +131,3 @@ def first_differences(model: OpenClip, state: dict[str, Tensor]) -> str:
     found += [f"{name} is {theirs[name]}, not {ours[name]}" for name in both if ours[name] != theirs[name]]
     rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(found[:3]) + rest
-
-
-def load_with_open_clip(model: OpenClip, path: Path) -> None:
-    """Copies in weights that others published, in any of the forms that open_clip converts."""
-    from open_clip import load_checkpoint
-
-    try:
-        load_checkpoint(model, str(path), strict=True, weights_only=True)
-    except Exception as error:  # damaged file or another model's: torch, safetensors and open_clip each raise their own
-        raise ValueError(unreadable(path, error)) from error

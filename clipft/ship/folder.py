@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clipft.model.build import Clip, description
 from clipft.model.encode import encode_image, encode_text
-from clipft.model.load import Clip, description
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 TOLERANCE = 1e-5  # of unit features, for the same tensors

@@ -23,7 +23,7 @@ from clipft.learn.optimizer import (
     trained_by,
 )
 from clipft.learn.optimizer_names import check_optimizer, optimizers, why_unfit
-from clipft.model.load import build
+from clipft.model.build import build
 
 TIMM: Any = timm.optim
 FIT = [name for name, takes in optimizers().items() if why_unfit(takes) is None]

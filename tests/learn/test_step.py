@@ -18,8 +18,8 @@ from clipft.data.order import rank_slice
 from clipft.learn.gather import gather_known_rows, gather_rows, rank, world
 from clipft.learn.losses import LocalGradients, Pairs, build_loss
 from clipft.learn.step import Tower, Towers, contrastive_backward, gather_pairs
+from clipft.model.build import build
 from clipft.model.encode import encode_image, encode_text, to_float
-from clipft.model.load import build
 from clipft.model.names import architecture_cfg
 
 BATCH = 11

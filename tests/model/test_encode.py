@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from clipft.model.build import build
 from clipft.model.encode import (
     can_trim,
     encode_image,
@@ -13,7 +14,6 @@ from clipft.model.encode import (
     to_float,
     trim_tokens,
 )
-from clipft.model.load import build
 from clipft.model.names import architecture_cfg, architecture_names
 
 CAPTIONS = ["a", "a dog!!!", "two brown dogs run over wet grass"]

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
+from clipft.model.build import build
 from clipft.model.groups import by_name, groups_of, is_frozen, numbered, tower_modules
-from clipft.model.load import build
 from clipft.model.names import architecture_cfg, architecture_names
 
 ROBERTA = ["embeddings.word_embeddings.weight", "encoder.layer.0.output.dense.weight", "encoder.layer.11.x.bias"]

@@ -10,8 +10,8 @@ from small import MODEL_CFG, RESNET_CFG
 from clipft.config import LayerDecayConfig, LossConfig, OptimConfig, TuneConfig
 from clipft.learn.module import freeze_fixed, train_mode
 from clipft.learn.optimizer import build_optimizer
+from clipft.model.build import build
 from clipft.model.groups import groups_of
-from clipft.model.load import build
 from clipft.model.tune import freeze, lr_multipliers, tune_table
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "tune"

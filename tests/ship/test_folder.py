@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from clipft.model.build import build
 from clipft.model.encode import encode_image
-from clipft.model.load import build
 from clipft.ship.folder import cause_of, explain, export_folder, staged
 
 MICRO = {
