@@ -448,7 +448,9 @@ def test_averages_are_validated_saved_measured_and_exported_and_training_goes_on
     exported = load_file(tmp_path / "out" / "open_clip_model.safetensors")
     assert all(torch.equal(exported[name], value) for name, value in average.items())
     tuned = make_config(root, "name=from-average", f"model.name={path}", "train.max_steps=1", "data.name=others")
-    assert f"best of the run {path}, the moving average of its weights" in (train_here(tuned)[1] / "log.txt").read_text()
+    assert (
+        f"best of the run {path}, the moving average of its weights" in (train_here(tuned)[1] / "log.txt").read_text()
+    )
 
 
 def test_averages_survive_a_kill_are_those_of_two_ranks_and_leave_what_is_frozen(root, tmp_path, monkeypatch):
