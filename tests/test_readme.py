@@ -58,7 +58,7 @@ def test_a_sweep_of_the_readme_could_start(line, tmp_path, monkeypatch, capsys):
     make_data(tmp_path / "small", num_train=300).rename(tmp_path / "data" / "mydata")
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     (tmp_path / "runs" / "taken" / "config.yaml").touch()
-    assert main([*arguments_of(line), "model.pretrained=none", "name=taken"]) == 2  # none: no weights are here
+    assert main([*arguments_of(line), "model.pretrained=null", "name=taken"]) == 2
     assert "is no sweep" in capsys.readouterr().err
 
 
