@@ -1,9 +1,9 @@
 """Image bytes -> RGB pixels, whatever the format; or a BadSample with the reason."""
 
+import re
 import warnings
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from struct import error as StructError
 
 import numpy as np
 import simplejpeg
@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from clipft.data import png
 from clipft.data.sample import BadSample
 
 # Pillow formats that are decoded by libraries inside the process. Others, such as EPS, start helper programs.
@@ -27,14 +28,13 @@ FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
 # First bytes of these formats: tells a damaged header from a format that is not allowed.
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 ORIENTATION = 0x0112  # EXIF tag
-PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH = 262, 322, 323  # TIFF tags
-WHITE_IS_ZERO = 0
+BITS, PHOTOMETRIC, PLANAR, TILE_WIDTH, TILE_LENGTH = 258, 262, 284, 322, 323  # TIFF tags
+WHITE_IS_ZERO, SEPARATE = 0, 2
 MOST_ASPECT = 100  # with 336 pixels on the shorter side, 34 MB
-PNG_DEPTH = 24  # byte of a PNG that holds the bits of a sample
-# What Pillow raises on damaged files, beside OSError; bombs in text chunks and tags are ValueErrors.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, StructError, MemoryError)
-# libjpeg-turbo's words for lost image data; its other warnings are about harmless stray bytes.
-JPEG_DAMAGE = ("premature end of data segment", "bad Huffman code")
+# libjpeg-turbo's words for lost image data. The others are about what does not touch the pixels, such as an odd ICC
+# profile, or stray bytes: writers leave a few, or zeros before the end; more are data that were not understood.
+JPEG_DAMAGE = re.compile(r"premature end of data segment|bad .+ code|instead of RST|Inconsistent progression")
+JPEG_STRAY, MOST_STRAY = re.compile(r"(\d+) extraneous bytes before marker"), 8
 
 
 def decode_rgb(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -67,15 +67,25 @@ def decode_jpeg(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"] | Non
     except ValueError:
         return None
     check_size(int(height), int(width), max_pixels)
-    if colorspace not in ("YCbCr", "RGB", "Gray"):
-        return None
     try:
-        return simplejpeg.decode_jpeg(raw, "RGB")
+        if colorspace in ("YCbCr", "RGB", "Gray"):
+            return simplejpeg.decode_jpeg(raw, "RGB")
+        # Inks are stored inverted, as Adobe does it, whether or not the file says that it is Adobe's.
+        inks = 255 - simplejpeg.decode_jpeg(raw, "CMYK")
     except ValueError as error:
         # Pillow reads on silently over lost data and fills the rest with grey.
-        if any(damage in str(error) for damage in JPEG_DAMAGE):
+        if lost_data(str(error), raw):
             raise BadSample("image_damaged") from error
         return None
+    return np.array(Image.fromarray(inks, "CMYK").convert("RGB"))
+
+
+def lost_data(said: str, raw: bytes) -> bool:
+    """Whether what libjpeg-turbo says about a JPEG means that pixels are lost."""
+    stray = JPEG_STRAY.search(said)
+    if stray is None:
+        return JPEG_DAMAGE.search(said) is not None
+    return int(stray[1]) > MOST_STRAY and bytes(int(stray[1])) + b"\xff\xd9" not in raw
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
@@ -93,15 +103,21 @@ def decode_pillow(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
         check_size(image.height, image.width, max_pixels)
         if tile > max_pixels:
             raise BadSample("too_large")
+        if image.format == "PNG":
+            png.check_sums(raw)
         try:
             with quiet():
+                mend_planes(image)
                 image.load()
-        except DECODE_ERRORS as error:
+                if image.format == "PNG":
+                    png.check_rows(raw, image)
+                    png.make_transparent(raw, image)
+                return picture_of(image)
+        except BadSample:
+            raise
+        except Exception as error:  # on damaged files Pillow raises all there is
             truncated = isinstance(error, EOFError) or "truncated" in str(error)
             raise BadSample("image_truncated" if truncated else "image_damaged") from error
-        if image.format == "PNG":
-            scale_transparent_colour(image, raw[PNG_DEPTH])
-        return picture_of(image)
 
 
 def picture_of(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
@@ -124,7 +140,7 @@ def open_image(file: BytesIO | BufferedReader) -> Image.Image:
     except UnidentifiedImageError as error:
         known = head.startswith(MAGIC)
         raise BadSample("image_header_damaged" if known else "format_not_allowed") from error
-    except DECODE_ERRORS as error:
+    except Exception as error:
         raise BadSample("image_header_damaged") from error
 
 
@@ -134,22 +150,32 @@ def quiet() -> warnings.catch_warnings:
 
 
 def tiff_tag(image: Image.Image, tag: int, default: int) -> int:
-    """A tag that holds one whole number; the default where it is missing, odd, or the image is no TIFF."""
+    """A tag's whole number, the same for all bands; the default where it is missing, odd, or the image is no TIFF."""
     try:
         with quiet():
             value = image.tag_v2.get(tag, default) if isinstance(image, TiffImageFile) else default
-    except DECODE_ERRORS:
+    except Exception:
         return default
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        value = value[0]
     return value if isinstance(value, int) else default
 
 
-def scale_transparent_colour(image: Image.Image, depth: int) -> None:
-    """The colour that a PNG names transparent, in the 8 bits that Pillow has scaled the pixels to."""
-    colour = image.info.get("transparency")
-    if image.mode == "L" and depth < 8 and isinstance(colour, int):
-        image.info["transparency"] = colour * 255 // (2**depth - 1)
-    elif image.mode == "RGB" and depth == 16 and isinstance(colour, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in colour)
+def mend_planes(image: Image.Image) -> None:
+    """Of an uncompressed TIFF with a plane for each band Pillow reads 8 bits, not inverted, whatever there is."""
+    if tiff_tag(image, PLANAR, 1) != SEPARATE or not isinstance(image, TiffImageFile):
+        return
+    rest = ""
+    if image.mode in ("1", "L") and tiff_tag(image, PHOTOMETRIC, 1) == WHITE_IS_ZERO:
+        rest = ";I"
+    elif image.mode in ("RGB", "RGBA", "CMYK") and tiff_tag(image, BITS, 8) == 16:
+        rest = ";16L" if image.tag_v2.prefix == b"II" else ";16B"
+    image.tile = [
+        tile._replace(args=(tile.args[0] + rest, *tile.args[1:]))
+        if tile.codec_name == "raw" and isinstance(tile.args, tuple)
+        else tile
+        for tile in image.tile
+    ]
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
@@ -157,7 +183,8 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode == "F" or image.mode.startswith("I"):
         # Pillow inverts a TIFF whose zero is white only where it has 8 bits or less.
         inverted = tiff_tag(image, PHOTOMETRIC, 1) == WHITE_IS_ZERO
-        return grey_to_rgb(np.asarray(image), inverted, image.info.get("transparency"))
+        bits = min(tiff_tag(image, BITS, 16), 16)
+        return grey_to_rgb(np.asarray(image), 2**bits - 1, inverted, image.info.get("transparency"))
     try:
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -167,9 +194,9 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
         raise BadSample("image_mode") from error
 
 
-def grey_to_rgb(values: np.ndarray, inverted: bool, transparent: int | None) -> UInt8[np.ndarray, "H W 3"]:
-    """Floats of 0..1 and integers of 0..65535 as 8 bits; Pillow's convert would clip them."""
-    top = 1.0 if values.dtype.kind == "f" else 65535.0
+def grey_to_rgb(values: np.ndarray, white: int, inverted: bool, transparent: int | None) -> UInt8[np.ndarray, "H W 3"]:
+    """Floats of 0..1 and integers of 0..white as 8 bits; Pillow's convert would clip them."""
+    top = 1.0 if values.dtype.kind == "f" else float(white)
     # Written so that NaN fails too. Other ranges have no agreed meaning.
     if not (values.min() >= 0 and values.max() <= top):
         raise BadSample("image_range")
@@ -186,7 +213,7 @@ def orientation_of(image: Image.Image) -> int:
     try:
         with quiet():
             value = image.getexif().get(ORIENTATION, 1)
-    except DECODE_ERRORS:
+    except Exception:
         return 1
     return value if value in range(1, 9) else 1
 

@@ -1,9 +1,11 @@
 import struct
 import zlib
+from collections import Counter
 from io import BytesIO
 
 import numpy as np
 import pytest
+from pictures import png, png_file, tiff
 from PIL import Image, ImageOps
 
 from clipft.data.decode import decode_rgb, image_extension
@@ -48,6 +50,15 @@ def reason_of(raw, max_pixels=MAX_PIXELS):
     with pytest.raises(BadSample) as error:
         decode_rgb(raw, max_pixels)
     return error.value.reason
+
+
+def outcome(raw):
+    """used, or the reason."""
+    try:
+        decode_rgb(raw, MAX_PIXELS)
+        return "used"
+    except BadSample as bad:
+        return bad.reason
 
 
 RGB = Image.fromarray(scene())
@@ -178,6 +189,117 @@ def test_a_jpeg_with_lost_data_in_its_middle_is_dropped():
     raw = bytearray(encode(RGB.resize((400, 300)), "JPEG", quality=95))
     raw[len(raw) // 2 : len(raw) // 2 + 40] = b"\xff\xd9" * 20
     assert reason_of(bytes(raw)) in ("image_damaged", "image_truncated")
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8).repeat(6, 0).repeat(6, 1))
+CODINGS = {
+    "baseline": ("RGB", {}),
+    "progressive": ("RGB", {"progressive": True}),
+    "grey": ("L", {}),
+    "cmyk": ("CMYK", {}),
+    "restart markers": ("RGB", {"restart_marker_rows": 1}),
+    "cmyk, restart markers": ("CMYK", {"restart_marker_blocks": 4}),
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_a_jpeg_with_a_hole_or_without_its_second_half_is_dropped_however_it_is_coded(coding):
+    mode, options = CODINGS[coding]
+    raw = encode(NOISE.convert(mode), "JPEG", quality=85, **options)
+    places = range(len(raw) // 3, len(raw) - 3000, 1111)
+    holes = Counter(outcome(raw[:place] + bytes(2048) + raw[place + 2048 :]) for place in places)
+    assert len(places) > 10 and holes.pop("used", 0) <= 1  # where the zeros happen to stand for as many blocks
+    assert set(holes) == {"image_damaged"}
+    assert all(reason_of(raw[:place] + b"\xff\xd9") == "image_damaged" for place in places)
+
+
+def test_a_ycck_jpeg_without_its_second_half_is_dropped():
+    raw = JPEGS["ycck"]
+    assert reason_of(raw[: len(raw) * 2 // 3] + b"\xff\xd9") == "image_damaged"
+
+
+@pytest.mark.parametrize("stray, harmless", [(b"\1\2\3\4\5\6\7\x08", True), (bytes(5000), True), (b"\1" * 40, False)])
+def test_a_few_stray_bytes_or_zeros_before_the_end_of_a_jpeg_are_no_lost_data(stray, harmless):
+    raw = JPEGS["baseline"]
+    assert raw.endswith(b"\xff\xd9")
+    if harmless:
+        assert_close(decode_rgb(raw[:-2] + stray + raw[-2:], MAX_PIXELS), by_pillow(raw))
+    else:
+        assert reason_of(raw[:-2] + stray + raw[-2:]) == "image_damaged"
+
+
+def no_palette():
+    """Pillow meets it with an assertion."""
+    return png_file(20, 20, 8, 3, bytes(21 * 20))
+
+
+def endless_offset():
+    """A TIFF whose pixels are said to lie behind 2^63 bytes: too far for Pillow's seek."""
+    raw = tiff(24, 20, bytes(24 * 20), {258: [8], 262: [1], 277: [1], 273: [0, 1 << 31]})
+    longs, long8 = struct.pack("<HHI", 273, 4, 2), struct.pack("<HHI", 273, 16, 1)
+    assert longs in raw
+    return raw.replace(longs, long8)
+
+
+@pytest.mark.parametrize("make", [no_palette, endless_offset])
+def test_a_file_at_which_pillow_fails_in_any_way_is_a_bad_sample(make):
+    with pytest.raises((AssertionError, OverflowError)), Image.open(BytesIO(make())) as image:
+        image.load()
+        assert image.has_transparency_data is not None
+    assert reason_of(make()) == "image_damaged"
+
+
+def test_a_png_whose_checksum_is_not_that_of_its_pixels_is_dropped():
+    raw = encode(RGB, "PNG")
+    end = raw.index(b"IEND") - 8
+    assert reason_of(raw[:end] + bytes([raw[end] ^ 1]) + raw[end + 1 :]) == "image_damaged"
+    assert_close(decode_rgb(raw[: end + 2], MAX_PIXELS), scene())  # nothing but the end of the checksum is lost
+
+
+def interlaced(pixels):
+    """The rows of an 8-bit grey picture pass by pass (PNG, 8.2)."""
+    starts = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    rows = [row for x, y, dx, dy in starts for row in pixels[y::dy, x::dx] if row.size]
+    return [b"\0" + row.tobytes() for row in rows]
+
+
+@pytest.mark.parametrize("height, width", [(48, 64), (13, 3), (1, 1), (7, 2)])
+@pytest.mark.parametrize("interlace", [0, 1])
+def test_a_png_that_ends_before_its_last_row_is_dropped_and_black_rows_are_not(height, width, interlace):
+    for pixels in (scene()[:height, :width, 0], np.zeros((height, width), np.uint8)):
+        rows = interlaced(pixels) if interlace else [b"\0" + row.tobytes() for row in pixels]
+        raw = png_file(width, height, 8, 0, b"".join(rows), interlace=interlace)
+        assert_close(decode_rgb(raw, MAX_PIXELS), pixels[:, :, None].repeat(3, axis=2))
+        for kept in {0, len(rows) // 2, len(rows) - 1}:
+            short = png_file(width, height, 8, 0, b"".join(rows[:kept]), interlace=interlace)
+            assert reason_of(short) in ("image_damaged", "image_truncated")
+
+
+def test_of_a_deep_png_the_transparent_colour_is_white_and_its_neighbours_are_not():
+    pixels = np.full((6, 8, 3), (24415, 33410, 49858))
+    pixels[::2, 1::2, 2] += 1  # the same in 8 bits
+    raw = png(pixels, 16, 2, (b"tRNS", struct.pack(">HHH", 24415, 33410, 49858)))
+    expected = np.full((6, 8, 3), 255.0)
+    expected[::2, 1::2] = pixels[0, 1] / 257
+    assert_close(decode_rgb(raw, MAX_PIXELS), expected)
+
+
+def test_a_tiff_of_twelve_bits_is_scaled_by_twelve_bits():
+    values = np.arange(20 * 24).reshape(20, 24) * 4095 // (20 * 24 - 1)
+    bits = "".join(f"{value:012b}" for value in values.flatten().tolist())
+    raw = tiff(24, 20, int(bits, 2).to_bytes(len(bits) // 8, "big"), {258: [12], 262: [1], 277: [1]})
+    assert_close(decode_rgb(raw, MAX_PIXELS), (values * 255 / 4095)[:, :, None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_with_a_plane_for_each_band_shows_its_colours(order):
+    deep = scene()[:20, :24].astype(np.uint16) * 257 + 5
+    planes = [np.ascontiguousarray(deep[:, :, band]).astype(f"{order}u2").tobytes() for band in range(3)]
+    tags = {258: [16] * 3, 262: [2], 277: [3], 284: [2], 273: [8, 968, 1928], 279: [960] * 3}
+    assert_close(decode_rgb(tiff(24, 20, b"".join(planes), tags, order), MAX_PIXELS), deep / 257)
+    grey = scene()[:20, :24, 0]
+    inverted = tiff(24, 20, grey.tobytes(), {258: [8], 262: [0], 277: [1], 284: [2]}, order)
+    assert_close(decode_rgb(inverted, MAX_PIXELS), 255 - grey[:, :, None].repeat(3, axis=2))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
