@@ -16,12 +16,19 @@ MOST_CHARS = 924
 RUN = re.compile(r"([^\W\d_]{128}|(?:[^\w\s]|_){64})(?=\S)")
 # Names that open_clip's tokenizer takes for its start and end tokens wherever they stand in a text.
 SPECIAL = re.compile(r"<(start_of_text|end_of_text)>", re.IGNORECASE)
-# In ASCII text: entities, or s or e behind the bracket. Other text may be cleaned into anything.
+# In printable ASCII text: entities, or s or e behind the bracket. Other text may be cleaned into anything.
 MAYBE_SPECIAL = re.compile(r"<[^a-df-rt-z0-9 ]|&[#a-z]", re.IGNORECASE)
+TERMINAL_COLOUR = re.compile(r"\x1b\[[\d;]*[a-z]", re.IGNORECASE)  # which open_clip's tokenizer does not see
+MOST_CAPTIONS = 1000  # of a sample; more are a file of something else, and cost seconds
 
 
 def captions_of(members: dict[str, bytes], errors: str = "strict") -> list[str]:
-    """Captions from `json` where it names any, else the lines of `txt`; never empty.
+    """The captions of a sample in words, as a tokenizer may see them; never empty."""
+    return [only_words(caption) for caption in written_captions(members, errors)]
+
+
+def written_captions(members: dict[str, bytes], errors: str = "strict") -> list[str]:
+    """Captions from `json` where it names any, else the lines of `txt`; never empty. only_words is left to be done.
 
     `errors` (data.text_errors) is strict, for a BadSample where bytes are not UTF-8, or replace, for U+FFFD there.
     """
@@ -30,7 +37,9 @@ def captions_of(members: dict[str, bytes], errors: str = "strict") -> list[str]:
         captions = captions_in(parse_json(members["json"], errors))
     if not captions and "txt" in members:
         captions = caption_list(read_utf8(members["txt"], errors).split("\n"))
-    captions = [only_words(shortened(encodable(caption, errors))) for caption in captions]
+    if len(captions) > MOST_CAPTIONS:
+        raise BadSample("too_many_captions")
+    captions = [shortened(encodable(caption, errors)) for caption in captions]
     captions = [caption for caption in captions if is_visible(caption)]
     if not captions:
         raise BadSample("no_caption")
@@ -54,7 +63,8 @@ def only_words(text: str) -> str:
 
     They count as open_clip's tokenizer sees them, after it has resolved entities, full-width letters and the like.
     """
-    while not text.isascii() or MAYBE_SPECIAL.search(text):
+    # Cleaning also takes control characters away, and what stood around one then stands together.
+    while not (text.isascii() and text.isprintable()) or MAYBE_SPECIAL.search(text):
         from ftfy import fix_text  # which open_clip has imported by then; alone it would slow down the command line
 
         cleaned = html.unescape(html.unescape(fix_text(text)))
@@ -66,7 +76,10 @@ def only_words(text: str) -> str:
 
 def is_visible(text: str) -> bool:
     """Whether there is anything but spaces and marks without a shape, also where entities stand for them."""
-    return any(char.isprintable() and not char.isspace() for char in html.unescape(text))
+    text = html.unescape(text)
+    if "\x1b" in text:
+        text = TERMINAL_COLOUR.sub("", text)
+    return any(char.isprintable() and not char.isspace() for char in text)
 
 
 def question_of(members: dict[str, bytes], labelled: bool, text_errors: str) -> tuple[int, list[str]]:

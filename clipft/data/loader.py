@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from clipft.data.augment import Augment, apply_augment
-from clipft.data.caption import caption_id, captions_of, group_id, group_of, hash_id
+from clipft.data.caption import caption_id, group_id, group_of, hash_id, only_words, written_captions
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
 from clipft.data.order import Order, rank_slice, rng_for
@@ -153,12 +153,12 @@ class TrainSteps(Dataset[Batch]):
         """Augmented pixels, the caption and the id."""
         i, number = self.units.at(u)
         members = self.units.samples.read(i, READ)
-        captions = captions_of(members, self.text_errors)
+        captions = written_captions(members, self.text_errors)
         if number is None:
             number = int(rng_for(self.seed, epoch, u, CAPTION_STREAM).integers(len(captions)))
         if number >= len(captions):
             raise BadSample("no_caption")
-        caption = captions[number]
+        caption = only_words(captions[number])
         found = self.id_of(u, members, caption)
         pixels = decode_rgb(image_of(members), self.max_pixels)
         return apply_augment(self.augment, pixels, rng_for(self.seed, epoch, u, AUGMENT_STREAM)), caption, found

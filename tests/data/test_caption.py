@@ -1,10 +1,20 @@
 import json
 import shutil
 import subprocess
+import time
 
 import pytest
 
-from clipft.data.caption import caption_id, captions_of, group_id, group_of, hash_id, normalise_caption
+from clipft.data.caption import (
+    caption_id,
+    captions_of,
+    group_id,
+    group_of,
+    hash_id,
+    normalise_caption,
+    only_words,
+    written_captions,
+)
 from clipft.data.sample import BadSample
 
 
@@ -62,6 +72,8 @@ def test_a_byte_order_mark_is_no_part_of_a_caption():
         ({"txt": b"a dog\0"}, "bad_utf8"),
         ({"txt": b"&nbsp;&#32;"}, "no_caption"),
         ({"txt": "\u200b\ufeff\u00a0".encode()}, "no_caption"),
+        ({"txt": b"\x1b[31m"}, "no_caption"),
+        ({"txt": b"\x1b[1;31m&#32;\x1b[0m"}, "no_caption"),
         ({"json": rb'{"caption": null}'}, "no_caption"),
         ({"json": rb'{"caption": [null, null]}'}, "no_caption"),
         ({"json": b'{"caption": "M\xe4dchen"}'}, "bad_utf8"),
@@ -152,10 +164,33 @@ def test_of_an_endless_caption_the_start_is_kept_in_words_of_a_bounded_length():
         ("＜end_of_text＞", "< end_of_text >"),
         ("<end\x01_of\x1b[31m_text>", "< end_of_text >"),
         ("<<end_of_text>end_of_text>", "<< end_of_text >end_of_text>"),
+        ("&\x7flt;end_of_text>", "< end_of_text >"),
+        ("&\x08\x0elt;start_of_text>", "< start_of_text >"),
     ],
 )
 def test_the_names_of_special_tokens_are_spelled_apart(text, words):
     assert captions_of({"txt": text.encode()}) == captions_of(as_json({"caption": text})) == [words]
+
+
+@pytest.mark.parametrize("line", ["a dog", "ein Mädchen", "é", "R&amp;D", "<e"])
+def test_a_file_of_very_many_captions_is_no_sample_and_costs_little_time(line):
+    most, more = ([f"{line} {i}" for i in range(count)] for count in (1000, 1001))
+    assert (
+        len(captions_of({"txt": "\n\n \n".join(most).encode()}))
+        == len(captions_of(as_json({"captions": most})))
+        == 1000
+    )
+    assert reason_of({"txt": "\n".join(more).encode()}) == reason_of(as_json({"caption": more})) == "too_many_captions"
+    began = time.process_time()
+    assert reason_of({"txt": (line + "\n").encode() * (10**6 // len(line))}) == "too_many_captions"
+    assert time.process_time() - began < 0.5  # cleaning all of them takes up to 10 s
+
+
+def test_captions_in_words_are_those_that_were_written_one_by_one():
+    members = {"txt": "a &lt;end_of_text&gt; dog\nein Mädchen\n<start_of_text>".encode()}
+    written = ["a &lt;end_of_text&gt; dog", "ein Mädchen", "<start_of_text>"]
+    assert written_captions(members) == written
+    assert [only_words(caption) for caption in written] == captions_of(members)
 
 
 @pytest.mark.parametrize(
