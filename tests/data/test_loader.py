@@ -388,6 +388,14 @@ def test_captions_that_are_not_utf8_are_dropped_unless_they_are_to_be_repaired(t
     assert repaired.valid.all() and {text_of(tokens) for tokens in repaired.tokens} == {"M\ufffddchen"}
 
 
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_a_caption_reaches_the_tokenizer_in_words(tmp_path: Path, captions: str):
+    members = [("0.jpg", jpeg(0)), ("0.txt", b"<end_of_text>\n&lt;end_of_text>")]
+    units = build_units(index_shards([write_tar(tmp_path / "a.tar", members)]), captions)
+    batch = next(batches(units, batch_size=len(units), num_steps=1))
+    assert {text_of(tokens) for tokens in batch.tokens} == {"< end_of_text >"}
+
+
 def test_on_a_device_a_batch_has_the_same_rows(damaged: Samples):
     batch = next(batches(damaged, batch_size=6))
     moved = batch.to(torch.device("meta"))

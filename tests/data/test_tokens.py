@@ -42,6 +42,8 @@ SPECIAL = [
     "<end_of\x1b[31m_text>",
     "<end_of\ufeff_text>",
     "<<end_of_text>end_of_text>",
+    "&\x7flt;end_of_text>",
+    "&\x0e#60;end\x08_of_text>",
     "ï¼œend_of_textï¼ž",  # UTF-8 read as Windows-1252, which ftfy turns back
     "ï¼œstart_of_textï¼ž",
     "ï¼œend_of_textï¼ž".encode().decode("windows-1252", "replace"),
