@@ -19,7 +19,7 @@ from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, printable
 from clipft.data.shard import ShardIndex, scan_shard
 from clipft.files import replace_file, user_cache
 
-VERSION = 4  # of the index file; another version is scanned again
+VERSION = 5  # of the index file; another version is scanned again
 OPEN_SHARDS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2  # at once in a process; the usual limit is 1024
 
 
@@ -39,7 +39,8 @@ def read_index(place: Path) -> ShardIndex | None:
         stored = json.loads(place.read_text("utf-8"))
         if stored.pop("sha256") != seal(stored):  # a flipped digit in it would make wrong pairs
             return None
-        stored["problems"] = [(byte, what) for byte, what in stored["problems"]]
+        for name in ("problems", "doubts"):
+            stored[name] = [(byte, what) for byte, what in stored[name]]
         return ShardIndex(**stored)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -81,9 +82,14 @@ class OpenShard:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise BadSample("read_error") from error
+        self.stamp = size, mtime_ns
+        self.check()
+
+    def check(self) -> None:
+        """BadSample when the file was written again since it was indexed: its members lie elsewhere now."""
         stat = os.fstat(self.fd)
-        if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
-            raise BadSample("shard_changed")  # since it was indexed: its members lie elsewhere now
+        if (stat.st_size, stat.st_mtime_ns) != self.stamp:
+            raise BadSample("shard_changed")
 
     def __del__(self, close=os.close):  # at the end of the interpreter `os` may be gone
         if hasattr(self, "fd"):
@@ -116,6 +122,8 @@ class Samples:
     """Reason -> the first of these samples, with its shard and byte."""
     ignored: dict[str, int]
     """Reason -> number of members that belong to no sample."""
+    doubts: dict[str, str]
+    """Shard that may have lost its last samples -> why it seems so."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,11 +143,12 @@ class Samples:
         """The bytes of the members with these extensions, by extension."""
         shard, first, end, _, _ = self.rows[i].tolist()
         size, mtime_ns = self.stamps[shard].tolist()
-        fd = open_shard(self.shards[shard], size, mtime_ns).fd
+        file = open_shard(self.shards[shard], size, mtime_ns)
         found = {}
         for kind, offset, length in self.members[first:end].tolist():
             if self.kinds[kind] in kinds:
-                found[self.kinds[kind]] = read_exactly(fd, offset, length)
+                found[self.kinds[kind]] = read_exactly(file.fd, offset, length)
+        file.check()  # behind the reads: one that met a write finds the time of the write
         return found
 
     def lost(self) -> str:
@@ -150,7 +159,7 @@ class Samples:
         """The samples at these positions, with a fingerprint of their own; what was left out stays behind."""
         digest = hashlib.sha256(self.fingerprint.encode() + indices.astype("<i8").tobytes())
         rows, fingerprint = self.rows[indices], digest.hexdigest()
-        return replace(self, rows=rows, fingerprint=fingerprint, dropped={}, examples={}, ignored={})
+        return replace(self, rows=rows, fingerprint=fingerprint, dropped={}, examples={}, ignored={}, doubts={})
 
 
 def read_exactly(fd: int, offset: int, length: int) -> bytes:
@@ -174,13 +183,13 @@ def index_shards(paths: list[str]) -> Samples:
         path, (byte, what) = damaged[0]
         more = f" {len(damaged) - 1} more of the {len(paths)} shards are damaged." if damaged[1:] else ""
         raise ValueError(
-            f"{path}: {what} (byte {byte} of {os.path.getsize(path)}).{more} "
-            "Nothing of a damaged shard is used: copy or write it again, or leave it out."
+            printable(f"{path}: {what} (byte {byte} of {os.path.getsize(path)}).{more} ")
+            + "Nothing of a damaged shard is used: copy or write it again, or leave it out."
         )
     samples = join(paths, indexes)
     if not len(samples):
         raise ValueError(
-            f"{paths[0]}{' and others' if paths[1:] else ''}: no usable sample "
+            f"{printable(paths[0])}{' and others' if paths[1:] else ''}: no usable sample "
             f"({samples.lost() or 'no members at all'}). A sample is an "
             "image (key.jpg, key.png, ...) with key.txt, key.json or key.cls beside it in the same shard."
         )
@@ -202,7 +211,7 @@ def join(paths: list[str], indexes: list[ShardIndex]) -> Samples:
         for reason, bad in index.dropped.items():
             dropped[reason] += len(bad)
             key, byte = next(iter(bad.items()))
-            examples.setdefault(reason, f"{printable(key)} (byte {byte} of {path})")
+            examples.setdefault(reason, printable(f"{key} (byte {byte} of {path})"))
     shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])
     member_ends = np.cumsum(column(n for index in indexes for n in index.num_members))
     key_ends = np.cumsum(column(len(key) for key in keys))
@@ -225,6 +234,11 @@ def join(paths: list[str], indexes: list[ShardIndex]) -> Samples:
         dropped=dict(dropped),
         examples=examples,
         ignored=dict(ignored),
+        doubts={
+            str(path): printable(f"{what} (byte {byte} of {path})")
+            for path, index in zip(paths, indexes, strict=True)
+            for byte, what in index.doubts
+        },
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class Listed:
     path: Path
     bytes: int
     sha256: str
+    samples: int
 
 
 def listed_shards(folder: Path) -> dict[str, list[Listed]]:
@@ -28,11 +30,24 @@ def listed_shards(folder: Path) -> dict[str, list[Listed]]:
         if manifest["version"] != 1:
             raise ValueError(f"version {manifest['version']!r}, this clipft reads version 1")
         return {
-            split: [Listed(folder / each["name"], each["bytes"], each["sha256"]) for each in entry["shards"]]
+            split: [
+                Listed(folder / each["name"], each["bytes"], each["sha256"], each["samples"])
+                for each in entry["shards"]
+            ]
             for split, entry in manifest["splits"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a list of shards ({error!r}). {AGAIN}") from error
+
+
+def listed_beside(paths: Iterable[str]) -> dict[str, Listed]:
+    """What the shards.json of each shard's folder, or of the one above it, says about the shard."""
+    paths = list(paths)
+    folders = {folder for path in paths for folder in list(Path(path).parents)[:2] if (folder / MANIFEST).is_file()}
+    known = {}
+    for folder in folders:
+        known |= {str(each.path): each for entries in listed_shards(folder).values() for each in entries}
+    return {path: known[path] for path in paths if path in known}
 
 
 def write_manifest(folder: Path, name: str, shards: dict[str, list[Path]], num_samples: dict[str, int]) -> None:

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS
+from clipft.data.tail import BLOCK, judge_zeros
 
-BLOCK = tarfile.BLOCKSIZE
-# A tar ends with a whole record: of 10 kB as a rule, of 512 bytes to 1 MiB where it was written with tar -b.
-RECORDS = (10240, *(BLOCK << n for n in range(12)))
 MAGIC_AT, MAGIC = 257, b"ustar"  # in a header, of ustar, GNU and PAX archives alike
 KINDS = frozenset(IMAGE_KINDS + TEXT_KINDS)
+ENDS_IN_DATA = KINDS - {"bmp", "tif", "tiff", "ppm", "pgm"}  # the others may end in black pixels
+FEW = 16  # zeros that a picture may end in by chance
 # webdataset skips these names too (tariterators.tar_file_iterator, skip_meta).
 META_NAME = re.compile(r"__[^/]*__($|/)")
+
+
+Group = dict[str, tuple[int, int]]  # kind -> (offset, size)
+Places = list[tuple[int, str]]  # bytes, and what is there
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,12 @@ class ShardIndex:
     """Reason -> samples that cannot be used, as key -> byte of the first header."""
     ignored: dict[str, int]
     """Reason -> number of members that belong to no sample."""
-    problems: list[tuple[int, str]]
+    problems: Places
     """Damage, as (byte, what is wrong there); empty for a whole shard."""
+    doubts: Places
+    """What is found in whole shards too, but seldom, and where the last samples of a shard are lost."""
 
 
-Group = dict[str, tuple[int, int]]  # kind -> (offset, size)
 # What tarfile raises over headers that do not make sense: sizes of exabytes, thousands of names for one member.
 HEADER_ERRORS = (tarfile.TarError, ValueError, LookupError, OverflowError, OSError, MemoryError, RecursionError)
 
@@ -87,6 +92,7 @@ def scan_shard(path: str | Path) -> ShardIndex:
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         members, problems = read_headers(file, stat.st_size)
+        end_problems, doubts = ([], []) if problems else check_end(file, members)
     for member in members:
         name = split_name(member.name)
         reason = why_ignored(member)
@@ -113,7 +119,8 @@ def scan_shard(path: str | Path) -> ShardIndex:
         sizes=[size for group in good.values() for _, size in group.values()],
         dropped=dropped,
         ignored=ignored | ({"extra": num_extra} if num_extra else {}),
-        problems=problems,
+        problems=problems + end_problems,
+        doubts=doubts,
     )
 
 
@@ -137,7 +144,7 @@ def sort_groups(
     return {key: groups[key] for key, reason in reasons.items() if not reason}, bad, num_extra
 
 
-def read_headers(file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], list[tuple[int, str]]]:
+def read_headers(file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], Places]:
     """All whole members (ustar, GNU and PAX names resolved), and what is wrong with the archive."""
     if size == 0:
         return [], [(0, "the file is empty")]
@@ -164,28 +171,41 @@ def read_headers(file: BinaryIO, size: int) -> tuple[list[tarfile.TarInfo], list
             what = f"the data of {member.name!r} should run to byte {end}, the file ends at byte {size}"
             return members, [(member.offset_data, what)]
         members.append(member)
-    return members, check_end(file, min(tar.offset, size))
+    file.seek(min(tar.offset, size))  # where tarfile stopped
+    return members, []
 
 
-def is_padding(num_zeros: int, size: int) -> bool:
-    """Whether so many zero bytes can be the end of a tar of this size: two blocks, filled up to a whole record."""
-    return any(num_zeros < 2 * BLOCK + record and not size % record for record in RECORDS) or num_zeros <= 2 * BLOCK
-
-
-def check_end(file: BinaryIO, offset: int) -> list[tuple[int, str]]:
-    """What is wrong from `offset` on, where tarfile stopped: it takes any unreadable header for the end."""
-    file.seek(offset)
+def check_end(file: BinaryIO, members: list[tarfile.TarInfo]) -> tuple[Places, Places]:
+    """Problems and doubts from where the file stands on, where tarfile stopped: at anything but a header."""
+    offset = file.tell()
     block = file.read(BLOCK)
     if len(block) < BLOCK:
         what = "cut inside a header" if block else "cut between two members: no end-of-archive block"
-        return [(offset, what)]
+        return [(offset, what)], []
     if block.strip(b"\0"):
-        return [(offset, "damaged header")]
+        return [(offset, "damaged header")], []
     while chunk := file.read(1 << 20):
         if chunk.strip(b"\0"):
             start = file.tell() - len(chunk.lstrip(b"\0"))
-            return [(start, f"more data behind the end-of-archive block at byte {offset}")]
-    num_zeros = file.tell() - offset
-    if not is_padding(num_zeros, file.tell()):
-        return [(offset, f"nothing but {num_zeros} zero bytes from here on, as an unfinished copy leaves them")]
-    return []
+            return [(start, f"more data behind the end-of-archive block at byte {offset}")], []
+    size = file.tell()
+    zeroed = members[-1] if members and ends_in_zeros(file, members[-1]) else None
+    hopeless = not members if zeroed is None else kind_of(zeroed) in TEXT_KINDS
+    what, is_damage = judge_zeros(size - offset, size, zeroed.name if zeroed else None, hopeless)
+    said = [(offset, what)] if what else []
+    return (said, []) if is_damage else ([], said)
+
+
+def ends_in_zeros(file: BinaryIO, member: tarfile.TarInfo) -> bool:
+    """Whether the last block of a text or a compressed picture is zeros: disks and copies lose whole blocks."""
+    kind, end = kind_of(member), member.offset_data + member.size
+    if kind not in ENDS_IN_DATA or why_ignored(member) or not member.size:
+        return False
+    start = (end - 1) // BLOCK * BLOCK
+    file.seek(start)
+    last = file.read(end - start)
+    return not last.strip(b"\0") and (len(last) >= FEW or kind in TEXT_KINDS)
+
+
+def kind_of(member: tarfile.TarInfo) -> str:
+    return (split_name(member.name) or ("", ""))[1]

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from braceexpand import braceexpand
 
 from clipft.config import DataConfig
 from clipft.data.index import Samples, index_shards
-from clipft.data.manifest import AGAIN, MANIFEST, listed_shards
+from clipft.data.manifest import AGAIN, MANIFEST, Listed, listed_beside, listed_shards
+from clipft.data.sample import printable
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
 SPLIT_OF = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
@@ -70,15 +72,20 @@ def nearest(path: Path) -> str:
         path, parent = parent, parent.parent
     names = sorted(os.listdir(parent))
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:3]
-    return f"{parent}/ holds: {', '.join(sorted(close))}." if close else f"{parent}/ is empty."
+    return printable(f"{parent}/ holds: {', '.join(sorted(close))}." if close else f"{parent}/ is empty.")
 
 
 def expand_shards(key: str, patterns: list[str]) -> list[str]:
     """The existing shards that directories, globs, braces and file names stand for, in their order."""
     shards = [shard for pattern in patterns for shard in expand_pattern(key, pattern)]
-    twice = sorted({shard for shard in shards if shards.count(shard) > 1}) if len(set(shards)) < len(shards) else []
-    if twice:
-        raise ValueError(f"{key}={patterns!r} names {twice[0]} more than once. Name each shard once.")
+    first: dict[str, str] = {}
+    for shard in shards:
+        before = first.setdefault(os.path.realpath(shard), shard)
+        if before is not shard:
+            also = "" if before == shard else f" (also as {printable(shard)})"
+            raise ValueError(
+                f"{key}={patterns!r} names {printable(before)} more than once{also}. Name each shard once."
+            )
     return shards
 
 
@@ -98,7 +105,16 @@ def expand_pattern(key: str, pattern: str) -> list[str]:
             f"{key}={pattern!r} matches no shard. Expected a folder with .tar files, a glob, quoted braces "
             f'such as "x-{{000..009}}.tar", or a file. {nearest(path)}'
         )
+    check_files(key, shards)
     return shards
+
+
+def check_files(key: str, shards: Iterable[str]) -> None:
+    """Raises for a name that is no file, such as a folder or a pipe, of which a read would never return."""
+    odd = next((shard for shard in shards if not os.path.isfile(shard)), None)
+    if odd is not None:
+        what = "a folder" if os.path.isdir(odd) else "no file" if os.path.exists(odd) else "a link to nothing"
+        raise ValueError(f"{key}: {printable(odd)} is {what}, and no shard. Remove it, or name it otherwise.")
 
 
 def refuse_layout(key: str, folder: Path) -> None:
@@ -119,11 +135,11 @@ def expand_braces(key: str, pattern: str, path: str) -> list[str]:
         raise ValueError(f"{key}={pattern!r}: unbalanced braces. Write them as {{000..009}} or {{a,b}}.") from error
     found = [sorted(glob.glob(name), key=natural) if glob.has_magic(name) else [name] for name in names]
     shards = [shard for group in found for shard in group]
-    missing = [shard for shard in shards if not os.path.isfile(shard)]
+    missing = [shard for shard in shards if not os.path.lexists(shard)]
     if missing and len(missing) < len(shards):
         raise ValueError(
             f"{key}={pattern!r}: {len(missing)} of {len(shards)} shards do not exist, the first is "
-            f"{missing[0]}. {nearest(Path(missing[0]))}"
+            f"{printable(missing[0])}. {nearest(Path(missing[0]))}"
         )
     return [] if missing else shards
 
@@ -133,7 +149,7 @@ def by_prefix(folder: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {split: [] for split in SPLITS}
     for entry in folder.iterdir():
         split = SPLIT_OF.get(re.split(r"[-_.]", entry.name, maxsplit=1)[0].lower())
-        if split and entry.is_dir():
+        if split and entry.is_dir() and entry.suffix != ".tar":
             shards[split] += [str(shard) for shard in entry.glob("*.tar")]
         elif split and entry.suffix == ".tar":
             shards[split].append(str(entry))
@@ -152,7 +168,8 @@ def read_folder(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     if not any(shards.values()):
         return {**shards, "train": plain}, []
     unused = [path for path in plain if not any(path in names for names in shards.values())]
-    return shards, [f"{folder}: {len(unused)} tars belong to no split: {unused[0]}, ..."] if unused else []
+    note = printable(f"{folder}: {len(unused)} tars belong to no split: {(unused or [''])[0]}, ...")
+    return shards, [note] if unused else []
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -187,9 +204,10 @@ def find_shards(config: DataConfig) -> Found:
         if patterns:
             shards[split] = expand_shards(f"data.{split}", patterns)
     folder = folder or home_of(next(paths[0] for paths in shards.values() if paths))
-    shared = set(shards["train"]) & set(shards["val"] + shards["test"])
+    measured = set(map(os.path.realpath, shards["val"] + shards["test"]))
+    shared = [shard for shard in shards["train"] if os.path.realpath(shard) in measured]
     if shared:
-        notes.append(f"{len(shared)} shards are both trained on and measured on: {min(shared)}, ...")
+        notes.append(f"{len(shared)} shards are both trained on and measured on: {printable(min(shared))}, ...")
     mix = [(len(expand_shards("data.train", source["shards"])), source["weight"]) for source in weighted]
     return Found(config.name or folder.resolve().name, folder, shards, notes, mix)
 
@@ -202,6 +220,7 @@ def read_path(value: str, path: Path) -> tuple[dict[str, list[str]], list[str]]:
         raise ValueError(f"data.path={value!r} does not exist. {HOW.format(out=path)}\n{nearest(path)}")
     shards, notes = read_folder(path)
     if any(shards.values()):
+        check_files("data.path", (shard for paths in shards.values() for shard in paths))
         return shards, notes
     if (path / "metadata.jsonl").is_file():
         command = f"clipft data pack source={path} out={path}-shards"
@@ -218,7 +237,7 @@ def home_of(shard: str) -> Path:
 def load_splits(config: DataConfig) -> Splits:
     """The samples of each split; without val a fixed share of train is held out."""
     found = find_shards(config)
-    samples = {split: index_shards(paths) if paths else None for split, paths in found.shards.items()}
+    samples = {split: counted_samples(paths) if paths else None for split, paths in found.shards.items()}
     notes = found.notes + [note for split, part in samples.items() if part is not None for note in losses(split, part)]
     for split, part in samples.items():
         check_dropped(f"data.{split}", part, config.max_bad_frac)
@@ -237,6 +256,22 @@ def load_splits(config: DataConfig) -> Splits:
     templates = read_lines(found.folder / TEMPLATES) or []
     classnames = read_lines(found.folder / CLASSNAMES)
     return Splits(found.name, train, val, samples["test"], notes, classnames, templates, config.text_errors, found.mix)
+
+
+def counted_samples(paths: list[str]) -> Samples:
+    """The samples of the shards; raises where shards.json lists another number of them."""
+    samples = index_shards(paths)
+    listed: dict[str, Listed] = {}
+    with suppress(ValueError):  # another program's file of this name, beside shards that were named one by one
+        listed = listed_beside(paths)
+    counts = np.bincount(samples.rows[:, 0], minlength=len(paths)).tolist()
+    for path, count in zip(paths, counts, strict=True):
+        if path in listed and count != listed[path].samples:
+            raise ValueError(
+                f"{printable(path)} holds {counted(count, 'usable sample')}; {MANIFEST} lists it with "
+                f"{listed[path].samples}. {AGAIN}"
+            )
+    return replace(samples, doubts={path: what for path, what in samples.doubts.items() if path not in listed})
 
 
 def check_dropped(key: str, samples: Samples | None, max_bad_frac: float) -> None:
@@ -260,13 +295,20 @@ def losses(split: str, samples: Samples) -> list[str]:
         for reason, count in samples.ignored.items()
         if reason not in NORMAL
     ]
+    notes += doubtful(split, samples.doubts.values(), len(samples.shards))
     filled = np.bincount(samples.rows[:, 0], minlength=len(samples.shards)) > 0
     if not filled.all():
-        first = samples.shards[int(np.argmin(filled))]
+        first = printable(samples.shards[int(np.argmin(filled))])
         notes.append(
             f"{split}: {np.sum(~filled)} of {counted(len(filled), 'shard')} without any sample, such as {first}"
         )
     return notes
+
+
+def doubtful(split: str, doubts: Iterable[str], num_shards: int) -> list[str]:
+    """A sentence about the shards that may have lost their last samples, where there are any."""
+    doubts = list(doubts)
+    return [f"{split}: {len(doubts)} of {counted(num_shards, 'shard')} may be cut: {doubts[0]}"] if doubts else []
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,7 +15,7 @@ from threading import Thread
 
 from clipft.config import DataConfig, VerifyConfig
 from clipft.data.look import Looked, Rules, look_at
-from clipft.data.manifest import MANIFEST, Listed, listed_shards
+from clipft.data.manifest import MANIFEST, Listed, listed_beside, listed_shards
 from clipft.data.split import CLASSNAMES, NORMAL, counted, find_shards, read_lines
 from clipft.report import RunFailed
 
@@ -63,15 +63,6 @@ def shards_of(config: DataConfig) -> tuple[str, Path, dict[str, list[str]]]:
     given = find_shards(replace(config, path=None)).shards if config.train or config.val or config.test else {}
     shards |= ({UNLISTED: others} if others else {}) | {split: paths for split, paths in given.items() if paths}
     return config.name or folder.resolve().name, folder, shards
-
-
-def listed_beside(paths: list[str]) -> dict[str, Listed]:
-    """What the shards.json of each shard's folder, or of the one above it, says about the shard."""
-    folders = {folder for path in paths for folder in list(Path(path).parents)[:2] if (folder / MANIFEST).is_file()}
-    known = {}
-    for folder in folders:
-        known |= {str(each.path): each for entries in listed_shards(folder).values() for each in entries}
-    return {path: known[path] for path in paths if path in known}
 
 
 def compared(looked: Looked, listed: Listed | None) -> Looked:
