@@ -527,3 +527,5 @@ class VerifyConfig:
     data: DataConfig = field(default_factory=DataConfig)
     decode: bool = True
     """Also decode every image and read its captions; false: only checksums, tar headers and stored indexes."""
+    out: str | None = None
+    """Also write every finding to this file: a line of JSON each, with key, reason, shard and byte."""

@@ -199,7 +199,8 @@ def batches(job: Job, start_step: int, num_steps: int, workers: int) -> DataLoad
 def identity(job: Job) -> str:
     """What the slots of the run are filled with."""
     data, steps = job.meta["fingerprint"]["train"], job.steps
-    return f"{data}, {steps.num_units} units, {steps.per_epoch} steps of {job.config.train.batch_size} an epoch"
+    steps_of = f"{steps.per_epoch} steps of {job.config.train.batch_size} an epoch"
+    return f"{data}, {steps.num_units} units, {steps_of}, seed {job.config.train.seed}"
 
 
 def ending(job: Job) -> dict[str, Any]:

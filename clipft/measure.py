@@ -91,10 +91,12 @@ def check_dropped(evaluation: Evaluation, max_bad_frac: float) -> None:
     """Raises where so many samples could not be used that the numbers are of another set."""
     indexed, used, dropped = (evaluation.gallery[name] for name in ("indexed", "used", "dropped"))
     if indexed - used > max_bad_frac * indexed:
+        named = evaluation.gallery.get("examples", {})
+        some = "; ".join(f"{reason}: {', '.join(keys)}" for reason, keys in named.items())
         raise ValueError(
             f"{evaluation.name}: {indexed - used:,} of {indexed:,} samples cannot be measured ({in_words(dropped)}), "
-            f"more than data.max_bad_frac={max_bad_frac}. Repair them (clipft data verify names them), or raise the "
-            "limit."
+            f"more than data.max_bad_frac={max_bad_frac}.{f' Such as {some}.' if some else ''} Repair them (clipft "
+            "data verify with out=FILE names all of them), or raise the limit."
         )
 
 

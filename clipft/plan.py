@@ -12,7 +12,7 @@ from jaxtyping import Int64
 
 from clipft.conf_files import named_data
 from clipft.config import Config, DataConfig
-from clipft.data.caption import captions_of, group_of
+from clipft.data.caption import group_of, written_captions
 from clipft.data.lanes import Lanes
 from clipft.data.mix import BLOCK, Mix, shares
 from clipft.data.order import Order, Shuffle, largest_share
@@ -145,22 +145,21 @@ def count_steps(config: Config, order: Order, num_units: int) -> Steps:
 
 
 def check_captions(splits: Splits, group: str | None) -> None:
-    """Raises where the first training samples have no captions (labels alone are no text to train on) or groups."""
+    """Raises where training samples from all over have no captions (labels are no text to train on) or groups."""
     if splits.train is None:
         raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
-    looked_at = min(LOOKED_AT, len(splits.train))
+    looked_at = np.linspace(0, len(splits.train) - 1, min(LOOKED_AT, len(splits.train))).astype(int).tolist()
     read = partial(splits.train.read, kinds=TEXT_KINDS)
-    if not any(succeeds(lambda i=i: captions_of(read(i), splits.text_errors)) for i in range(looked_at)):
+    if not any(succeeds(lambda i=i: written_captions(read(i), splits.text_errors)) for i in looked_at):
         raise ValueError(
-            f"data.train: none of the first {looked_at} samples of {splits.name} has a caption (key.txt, or captions "
-            "in key.json). Sets with labels only can be measured (clipft evaluate), not trained on."
+            f"data.train: none of {len(looked_at)} samples from all over {splits.name} has a caption (key.txt, or "
+            "captions in key.json). Sets with labels only can be measured (clipft evaluate), not trained on."
         )
     column = group or ""
-    if column and not any(
-        succeeds(lambda i=i: group_of(read(i), column, splits.text_errors)) for i in range(looked_at)
-    ):
+    if column and not any(succeeds(lambda i=i: group_of(read(i), column, splits.text_errors)) for i in looked_at):
         raise ValueError(
-            f"loss.group={group!r}: none of the first {looked_at} samples of {splits.name} has this column in key.json."
+            f"loss.group={group!r}: none of {len(looked_at)} samples from all over {splits.name} has this column in "
+            "key.json."
         )
 
 

@@ -5,7 +5,8 @@ Nothing heavy is imported here.
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 PIPE = "CLIPFT_REPORT_FD"
@@ -14,6 +15,15 @@ CORES = "CLIPFT_CORES"
 
 class RunFailed(RuntimeError):
     """The run cannot go on, though its settings and data are in order; the message says what to do."""
+
+
+@contextmanager
+def on_the_way() -> Iterator[None]:
+    """Inside it a ValueError, such as one about data, fails the run: its steps have begun, and can go on later."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
 
 
 def supervised() -> bool:

@@ -47,11 +47,13 @@ from clipft.model.tune import freeze, lr_multipliers
 from clipft.model.weights import load_exactly, read_checkpoint
 from clipft.plan import Steps, check_batch_norm, count_steps, order_of, plan_lines, units_of
 from clipft.ranks import Ranks, check_alike, first_to_all
+from clipft.report import on_the_way
 from clipft.rundir import load_config, log, read_results, write_results
 from clipft.ship.card import card_text
 from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, export_folder
 
 MOST_WORKERS = 8
+NO_SIZES = ("indexed", "used", "dropped", "examples")  # of a gallery
 MOST_EXPORT_CHECKS = 2000  # images that plain open_clip encodes again
 
 
@@ -107,7 +109,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     for name in ("last", "best"):
         path = folder / "checkpoints" / f"{name}.ckpt"
         load_exactly(clip.model, read_checkpoint(path), path)
-        evaluations = [(split, measure(task)) for split, task in tasks]
+        with on_the_way():
+            evaluations = [(split, measure(task)) for split, task in tasks]
         record(folder, ranks, name, evaluations, meta)
     if ranks.first:
         results = finish(folder, reached(job))
@@ -179,7 +182,7 @@ def export(config: ExportConfig) -> int:
             base=trained.model.name,
             data=splits.name,
             split=split,
-            galleries={name: size for name, size in ours.gallery.items() if name not in ("indexed", "used", "dropped")},
+            galleries={name: size for name, size in ours.gallery.items() if name not in NO_SIZES},
             before=results.get("base", {}) if whole else {},  # the base was measured on all of them
             exported=(results.get(config.checkpoint, {}) if whole else {}) | ours.metrics,
             plain=theirs.metrics,

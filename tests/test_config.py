@@ -24,6 +24,7 @@ from clipft.config import (
     parse_every,
 )
 from clipft.data.split import load_splits
+from clipft.report import RunFailed
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ("model", "data", "tune", "experiment")
@@ -232,7 +233,7 @@ def test_limits_on_samples_reach_the_run(root):
     few = make_config(
         root, f"data.path={data}", "name=spoiled", "train.max_steps=30", "eval.every=30", "eval.base=false"
     )
-    with pytest.raises(ValueError, match=r"more than data\.max_bad_frac=0\.05"):
+    with pytest.raises(RunFailed, match=r"more than data\.max_bad_frac=0\.05"):
         train_here(few)
     many = replace(few, name="allowed", data=replace(few.data, max_bad_frac=0.2))
     assert train_here(many)[0] == 0
@@ -316,7 +317,7 @@ def test_the_other_commands_have_no_option_without_a_test():
     """Their options are read in tests/test_commands.py and data/test_verify.py; this list has to grow with them."""
     assert {option.key for option in options_of(ExportConfig)} == {"run", "checkpoint", "out"}
     assert {option.key for option in options_of(PackConfig)} == {"source", "out", "shard_samples", "templates"}
-    assert {option.key for option in options_of(VerifyConfig) if "." not in option.key} == {"decode"}
+    assert {option.key for option in options_of(VerifyConfig) if "." not in option.key} == {"decode", "out"}
     sweep = {"n_trials", "n_jobs", "sampler", "pruner", "n_startup_trials", "seed", "params"}  # tests/sweep
     assert {option.key for option in options_of(SearchConfig)} == sweep
     assert {option.key for option in options_of(GridConfig)} == {"n_jobs", "params"}

@@ -22,6 +22,9 @@ def test_numbers_of_a_set_that_is_not_the_one_asked_for_are_refused():
     check_dropped(found, 0.06)
     with pytest.raises(ValueError, match=r"birds: 6 of 100 .*\(4 no_caption, 2 image_truncated\).*max_bad_frac=0\.05"):
         check_dropped(found, 0.05)
+    named = replace(found, gallery=gallery | {"examples": {"no_caption": ["a/1", "a/2"], "image_truncated": ["a/7"]}})
+    with pytest.raises(ValueError, match=r"Such as no_caption: a/1, a/2; image_truncated: a/7\. .* with out=FILE"):
+        check_dropped(named, 0.05)
 
 
 def test_the_fingerprint_of_what_is_trained_on_has_lanes_and_weights_in_it(tmp_path: Path):

@@ -42,14 +42,21 @@ def test_a_set_of_labels_is_refused_before_anything_starts(config, tmp_path):
         [(f"{i}.{k}", v) for i in range(9) for k, v in (("jpg", b"x"), ("cls", b"1"))],
     )
     labels = replace(config, data=DataConfig(path=str(tmp_path / "labels")), train=TrainConfig(batch_size=2))
-    with pytest.raises(ValueError, match=r"data\.train: none of the first 8 samples of labels has a caption"):
+    with pytest.raises(ValueError, match=r"data\.train: none of 8 samples from all over labels has a caption"):
         resolve(labels)
+
+
+def test_a_set_whose_first_captions_are_empty_is_trained_on(config, tmp_path):
+    texts = [b" "] * 20 + [b"a dog"] * 380
+    members = [(f"{i}.{kind}", raw) for i, text in enumerate(texts) for kind, raw in (("jpg", b"x"), ("txt", text))]
+    write_tar(tmp_path / "late" / "train-0.tar", members)
+    assert resolve(replace(config, data=DataConfig(path=str(tmp_path / "late")))).data.name == "late"
 
 
 def test_a_group_that_no_sample_names_is_refused(config):
     """The shards' key.json holds a caption and nothing else."""
     grouped = replace(config, loss=LossConfig(positives="group", group="patient"))
-    with pytest.raises(ValueError, match=r"loss\.group='patient': none of the first 20 samples"):
+    with pytest.raises(ValueError, match=r"loss\.group='patient': none of 20 samples from all over shards"):
         resolve(grouped)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Int64
 
 from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, printable
 from clipft.data.shard import ShardIndex, scan_shard
+from clipft.data.tail import BLOCK
 from clipft.files import replace_file, user_cache
 
 VERSION = 5  # of the index file; another version is scanned again
@@ -131,8 +132,11 @@ class Samples:
     def key(self, i: int) -> str:
         """The sample's key behind its shard's name, printable whatever the bytes of the name are."""
         shard, _, _, start, end = self.rows[i].tolist()
-        stem = os.path.basename(self.shards[shard]).removesuffix(".tar")
-        return printable(f"{stem}/{self.names[start:end].decode('utf-8', 'backslashreplace')}")
+        return shown_key(self.shards[shard], self.names[start:end].decode("utf-8", "backslashreplace"))
+
+    def byte(self, i: int) -> int:
+        """Where the sample's first header lies in its shard."""
+        return int(self.members[self.rows[i, 1], 1]) - BLOCK
 
     def extensions(self, i: int) -> list[str]:
         """Extensions of the sample's members, in the order of the tar."""
@@ -160,6 +164,11 @@ class Samples:
         digest = hashlib.sha256(self.fingerprint.encode() + indices.astype("<i8").tobytes())
         rows, fingerprint = self.rows[indices], digest.hexdigest()
         return replace(self, rows=rows, fingerprint=fingerprint, dropped={}, examples={}, ignored={}, doubts={})
+
+
+def shown_key(path: str, key: str) -> str:
+    """The key of a sample behind its shard's name."""
+    return printable(f"{os.path.basename(path).removesuffix('.tar')}/{key}")
 
 
 def read_exactly(fd: int, offset: int, length: int) -> bytes:

@@ -23,7 +23,7 @@ from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
 from clipft.data.order import Order, rank_slice, rng_for
 from clipft.data.pairs import Units
-from clipft.data.sample import IMAGE_KINDS, BadSample, image_of
+from clipft.data.sample import IMAGE_KINDS, BadSample, failing_at, image_of
 from clipft.report import RunFailed
 
 CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
@@ -132,7 +132,8 @@ class TrainSteps(Dataset[Batch]):
         for row, (epoch, u) in enumerate(zip(epochs.tolist(), units.tolist(), strict=True)):
             self.in_flight.note(u)
             try:
-                pixels[row], captions[row], ids[row] = self.load(epoch, u)
+                with failing_at(lambda u=u: self.key(u)):
+                    pixels[row], captions[row], ids[row] = self.load(epoch, u)
             except BadSample as error:
                 bad[row] = error.reason
         self.in_flight.note(NOTHING)
@@ -237,8 +238,9 @@ class EvalBatches(Dataset[tuple]):
     def load(self, i: int) -> Tensor | None:
         self.in_flight.note(i)
         try:
-            raw = image_of(self.samples.read(i, IMAGE_KINDS))
-            return self.preprocess(Image.fromarray(decode_rgb(raw, self.max_pixels)))
+            with failing_at(lambda: self.key(i)):
+                raw = image_of(self.samples.read(i, IMAGE_KINDS))
+                return self.preprocess(Image.fromarray(decode_rgb(raw, self.max_pixels)))
         except BadSample:
             return None  # its row comes back with valid False, for the evaluation to count
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from clipft.data.caption import question_of
 from clipft.data.decode import decode_rgb
-from clipft.data.index import Samples, index_places, join, read_index
+from clipft.data.index import Samples, index_places, join, read_index, shown_key
 from clipft.data.manifest import sha256_of
-from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, image_of
+from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, failing_at, image_of
 from clipft.data.shard import ShardIndex, scan_shard
 
 
@@ -23,6 +23,16 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """A sample that cannot be used."""
+
+    key: str
+    reason: str
+    byte: int
+    """Of its first header."""
+
+
+@dataclass(frozen=True)
 class Looked:
     """What one shard holds: indexed = fine + dropped."""
 
@@ -33,12 +43,18 @@ class Looked:
     fine: int = 0
     captioned: int = 0
     labelled: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-    """Reason -> the first of the dropped samples."""
+    lost: list[Lost] = field(default_factory=list)
+    """All dropped samples."""
     ignored: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     """What shows that these are not the bytes that were written."""
+    doubts: list[str] = field(default_factory=list)
+    """What may show that the last of them are missing."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> samples."""
+        return dict(Counter(each.reason for each in self.lost))
 
 
 def look_at(path: str, rules: Rules) -> Looked:
@@ -48,17 +64,16 @@ def look_at(path: str, rules: Rules) -> Looked:
     except OSError as error:
         return Looked(path, problems=[f"cannot be read: {error.strerror or error}"])
     samples = join([path], [index])
-    dropped = Counter(samples.dropped)
-    examples = dict(samples.examples)
+    lost = [Lost(shown_key(path, key), reason, at) for reason, bad in index.dropped.items() for key, at in bad.items()]
     sums = Counter()
     for i in range(len(samples)):
         try:
             if index.problems:
                 raise BadSample("in_damaged_shard")
-            sums.update(look_at_sample(samples, i, rules))
+            with failing_at(lambda i=i: samples.key(i)):
+                sums.update(look_at_sample(samples, i, rules))
         except BadSample as bad:
-            dropped[bad.reason] += 1
-            examples.setdefault(bad.reason, samples.key(i))
+            lost.append(Lost(samples.key(i), bad.reason, samples.byte(i)))
     return Looked(
         path=path,
         num_bytes=index.size,
@@ -67,10 +82,10 @@ def look_at(path: str, rules: Rules) -> Looked:
         fine=sums["fine"],
         captioned=sums["captioned"],
         labelled=sums["labelled"],
-        dropped=dict(dropped),
-        examples=examples,
+        lost=lost,
         ignored=samples.ignored,
         problems=[f"{what} (byte {byte} of {index.size})" for byte, what in index.problems] + stale(path, index),
+        doubts=list(samples.doubts.values()),
     )
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 from clipft.data.caption import written_captions
 from clipft.data.index import Samples
-from clipft.data.sample import BadSample
+from clipft.data.sample import BadSample, failing_at
 from clipft.files import replace_file, user_cache
 
 VERSION = 3  # of the stored counts; to be raised when written_captions finds others in the same bytes
@@ -66,7 +66,8 @@ def count_captions(samples: Samples, text_errors: str = "strict") -> Int64[np.nd
 def num_captions(samples: Samples, i: int, text_errors: str) -> int:
     """Captions of sample i, 1 where its members name none; 0 where the storage fails, which may pass."""
     try:
-        return len(written_captions(samples.read(i, ("json", "txt")), text_errors))
+        with failing_at(lambda: samples.key(i)):
+            return len(written_captions(samples.read(i, ("json", "txt")), text_errors))
     except BadSample as bad:
         return 0 if bad.reason in ("read_error", "short_read", "shard_changed") else 1
 

@@ -1,5 +1,8 @@
 """What the members of a sample are called, and how an unusable one is reported."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 IMAGE_KINDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
 TEXT_KINDS = ("json", "txt", "cls")
 
@@ -10,6 +13,17 @@ class BadSample(Exception):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
+
+
+@contextmanager
+def failing_at(key: Callable[[], str]) -> Iterator[None]:
+    """Inside it, an error that is none of a sample's known faults ends everything with the sample's key."""
+    try:
+        yield
+    except BadSample:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"reading {key()} failed: {type(error).__name__}: {error}") from error
 
 
 def printable(text: str) -> str:

@@ -1,5 +1,6 @@
 """One full read of a data set: are these the bytes that were written, and what of them can be used?"""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,9 @@ from threading import Thread
 from clipft.config import DataConfig, VerifyConfig
 from clipft.data.look import Looked, Rules, look_at
 from clipft.data.manifest import MANIFEST, Listed, listed_beside, listed_shards
-from clipft.data.split import CLASSNAMES, NORMAL, counted, find_shards, read_lines
+from clipft.data.sample import printable
+from clipft.data.split import CLASSNAMES, NORMAL, check_files, counted, doubtful, find_shards, read_lines
+from clipft.files import replace_file
 from clipft.report import RunFailed
 
 UNLISTED = "unlisted"  # row of the table for tars beside shards.json that it does not name
@@ -31,23 +34,41 @@ class Report:
     splits: dict[str, list[Looked]]
     num_listed: int
     """Shards whose sha256 stands in a shards.json."""
+    out: str | None
+    """File with all findings."""
 
 
 def verify(config: VerifyConfig) -> Report:
-    """Reads every shard of the data set to its last byte."""
+    """Reads every shard of the data set to its last byte, and writes what it found wrong to `out`."""
+    if config.out is not None and (Path(config.out).is_dir() or not Path(config.out).absolute().parent.is_dir()):
+        raise ValueError(
+            f"out={config.out!r} must be a file in a folder that is there, for a line of JSON per finding."
+        )
     name, folder, splits = shards_of(config.data)
     num_classes = len(read_lines(folder / CLASSNAMES) or [])
     rules = Rules(config.decode, config.data.max_pixels, config.data.text_errors, num_classes)
     listed = listed_beside([path for paths in splits.values() for path in paths])
     found = look_at_all(list(dict.fromkeys(p for paths in splits.values() for p in paths)), rules, config.data.workers)
     looked = {path: compared(each, listed.get(path)) for path, each in found.items()}
+    if config.out is not None:
+        replace_file(Path(config.out), "".join(json.dumps(row) + "\n" for row in findings(looked.values())))
     return Report(
         name=name,
         place=str(folder),
         decode=config.decode,
         splits={split: [looked[path] for path in paths] for split, paths in splits.items()},
         num_listed=len(listed),
+        out=config.out,
     )
+
+
+def findings(shards: Iterable[Looked]) -> Iterator[dict[str, str | int | None]]:
+    """What is wrong with a shard (without key), and every sample that cannot be used with the byte of its header."""
+    for each in shards:
+        for what in each.problems + each.doubts:
+            yield {"shard": each.path, "byte": None, "key": None, "reason": what}
+        for lost in each.lost:
+            yield {"shard": each.path, "byte": lost.byte, "key": lost.key, "reason": lost.reason}
 
 
 def shards_of(config: DataConfig) -> tuple[str, Path, dict[str, list[str]]]:
@@ -60,15 +81,18 @@ def shards_of(config: DataConfig) -> tuple[str, Path, dict[str, list[str]]]:
     shards = {split: [str(each.path) for each in entries] for split, entries in listed.items()}
     known = {path for paths in shards.values() for path in paths}
     others = sorted({str(path) for path in folder.glob("*.tar")} - known)
+    check_files("data.path", others)
     given = find_shards(replace(config, path=None)).shards if config.train or config.val or config.test else {}
     shards |= ({UNLISTED: others} if others else {}) | {split: paths for split, paths in given.items() if paths}
     return config.name or folder.resolve().name, folder, shards
 
 
 def compared(looked: Looked, listed: Listed | None) -> Looked:
-    """The shard with what differs from shards.json among its problems."""
-    if listed is None or looked.sha256 is None or looked.sha256 == listed.sha256:
+    """The shard with what differs from shards.json among its problems; without doubts where nothing does."""
+    if listed is None or looked.sha256 is None:
         return looked
+    if looked.sha256 == listed.sha256:
+        return replace(looked, doubts=[])
     size = f": it has {looked.num_bytes} bytes, {listed.bytes} were written" if looked.num_bytes != listed.bytes else ""
     return replace(looked, problems=[f"its sha256 is not the one in {MANIFEST}{size}", *looked.problems])
 
@@ -143,7 +167,7 @@ def describe(report: Report) -> str:
     """What was read and compared, a table with a line per split, what was left out, and whether all is sound."""
     everything = all_shards(report)
     size = f"{counted(len(everything), 'shard')}, {megabytes(sum(each.num_bytes for each in everything))}"
-    lines = [f"{report.name} ({report.place}): {size}", said_of_checksums(report)]
+    lines = [printable(f"{report.name} ({report.place}): {size}"), said_of_checksums(report)]
     if not report.decode:
         lines.append("Images and captions were not looked at (decode=false).")
     splits = {**report.splits, **({"total": everything} if len(report.splits) > 1 else {})}
@@ -154,6 +178,9 @@ def describe(report: Report) -> str:
         lines.append(table_row(split, [f"{sums[column]:,}" for column in columns]))
     for split, shards in report.splits.items():
         lines += losses(split, shards)
+    if any(each.problems or each.lost for each in everything):
+        where = f"stands in {report.out}" if report.out else "can be written to a file: out=FILE"
+        lines.append(f"Each of these samples, with reason, shard and byte, {where}")
     if not any(each.problems for each in everything):
         lines.append("No damage found." if report.num_listed < len(everything) else "All of it is as it was written.")
     return "\n".join(lines)
@@ -187,19 +214,21 @@ def losses(split: str, shards: list[Looked]) -> list[str]:
     for each in shards:
         dropped.update(each.dropped)
         ignored.update({reason: count for reason, count in each.ignored.items() if reason not in NORMAL})
-        examples = each.examples | examples
+        for lost in each.lost:
+            examples.setdefault(lost.reason, printable(f"{lost.key} (byte {lost.byte} of {each.path})"))
     lines = [f"{split}: {count:,} dropped, {reason}, such as {examples[reason]}" for reason, count in dropped.items()]
     lines += [f"{split}: {counted(count, 'member')} without a sample ({reason})" for reason, count in ignored.items()]
+    lines += doubtful(split, [doubt for each in shards for doubt in each.doubts], len(shards))
     empty = [each.path for each in shards if not each.indexed and not each.problems]
     return lines + (
-        [f"{split}: {counted(len(empty), 'shard')} without any sample, such as {empty[0]}"] if empty else []
+        [f"{split}: {counted(len(empty), 'shard')} without any sample, such as {printable(empty[0])}"] if empty else []
     )
 
 
 def refuse(report: Report, max_bad_frac: float) -> None:
     """Raises when a shard is not what was written, or when training would stop over what cannot be used."""
     everything = all_shards(report)
-    damaged = [f"{each.path}: {'; '.join(each.problems)}" for each in everything if each.problems]
+    damaged = [printable(f"{each.path}: {'; '.join(each.problems)}") for each in everything if each.problems]
     if damaged:
         raise ValueError(
             f"{len(damaged)} of {counted(len(everything), 'shard')} cannot be trusted:\n"
@@ -210,7 +239,8 @@ def refuse(report: Report, max_bad_frac: float) -> None:
     if not sums["fine"] or sums["dropped"] > max_bad_frac * sums["indexed"]:
         raise ValueError(
             f"{sums['dropped']} of {sums['indexed']} samples cannot be used, more than "
-            f"data.max_bad_frac={max_bad_frac}: training would stop. Repair the data, or raise the limit."
+            f"data.max_bad_frac={max_bad_frac}: training would stop. Repair the data"
+            f"{'' if report.out else ' (out=FILE names all of them)'}, or raise the limit."
         )
 
 

@@ -19,10 +19,11 @@ from clipft.data.caption import normalise_caption, question_of
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
 from clipft.data.loader import eval_images, naming_lost_workers
-from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, image_of
+from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, failing_at, image_of
 from clipft.judge.retrieval import retrieval_metrics
 from clipft.judge.zero_shot import class_prototypes, zero_shot_metrics
 from clipft.learn.gather import gather_rows, rank, world
+from clipft.learn.ledger import note
 from clipft.model.encode import encode_image, encode_text
 from clipft.model.load import Clip
 
@@ -50,6 +51,8 @@ class Task:
     """The text of each class in each template; C is 0 without class names."""
     dropped: dict[str, int]
     """Reason -> samples of the split that take no part."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> keys of some of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,8 @@ class Embedded:
     """Rows of Task.images, ascending."""
     dropped: dict[str, int]
     """Reason -> images that could not be decoded."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> keys of some of them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Evaluation:
     metrics: dict[str, float]
     """Under "<data set>/<metric>"."""
     gallery: dict[str, Any]
-    """What they were made on: indexed, used, dropped; images, captions, distinct_captions; labelled_images, classes."""
+    """What they were made on: indexed, used, dropped; images, captions, distinct_captions; labelled_images, classes;
+    examples of what was dropped."""
     embedded: Embedded = field(repr=False)
 
 
@@ -114,7 +120,7 @@ def build_task(
             f"{name} has class names and no prompts for them. Write lines such as 'a photo of a {{c}}.' into "
             f"zeroshot_classification_templates.txt beside its shards."
         )
-    images, labels, captions, dropped = read_questions(samples, bool(classnames), text_errors)
+    images, labels, captions, dropped, examples = read_questions(samples, bool(classnames), text_errors)
     check_labels(name, samples, images, labels, classnames or [])
     prompts = [[template.replace("{c}", each) for template in templates] for each in classnames or []]
     flat = [text for texts in captions for text in texts] + [text for texts in prompts for text in texts]
@@ -142,6 +148,7 @@ def build_task(
             len(prompts), len(templates)
         ),
         dropped=dropped,
+        examples=examples,
     )
 
 
@@ -151,19 +158,22 @@ def in_words(counts: dict[str, int]) -> str:
 
 def read_questions(
     samples: Samples, labelled: bool, text_errors: str
-) -> tuple[list[int], list[int], list[list[str]], dict[str, int]]:
-    """Positions, labels and captions of the samples that have one of the two, and what the others lack."""
+) -> tuple[list[int], list[int], list[list[str]], dict[str, int], dict[str, list[str]]]:
+    """Positions, labels and captions of the samples that have one of the two; what the others lack, and some keys."""
     images, labels, captions, dropped = [], [], [], Counter(samples.dropped)
+    examples = {reason: [key] for reason, key in samples.examples.items()}
     for i in range(len(samples)):
         try:
-            label, texts = question_of(samples.read(i, TEXT_KINDS), labelled, text_errors)
+            with failing_at(lambda i=i: samples.key(i)):
+                label, texts = question_of(samples.read(i, TEXT_KINDS), labelled, text_errors)
         except BadSample as bad:
             dropped[bad.reason] += 1
+            note(examples, bad.reason, [samples.key(i)])
             continue
         images.append(i)
         labels.append(label)
         captions.append(texts)
-    return images, labels, captions, dict(dropped)
+    return images, labels, captions, dict(dropped), examples
 
 
 def check_labels(name: str, samples: Samples, images: list[int], labels: list[int], classnames: list[str]) -> None:
@@ -208,19 +218,22 @@ def embed(
                 texts.append(encode_text(clip.model, task.tokens[batch].to(device), trim))
         text, _ = gather_in_order(texts, rows, device)
     kept = torch.searchsorted(torch.from_numpy(task.images), place.cpu())
-    return Embedded(image=image, text=text, kept=kept, dropped=why_dropped(task, kept, max_pixels))
+    dropped, examples = why_dropped(task, kept, max_pixels)
+    return Embedded(image=image, text=text, kept=kept, dropped=dropped, examples=examples)
 
 
-def why_dropped(task: Task, kept: Int64[Tensor, " n"], max_pixels: int) -> dict[str, int]:
-    """Reasons of the images that did not come back: these few are read again, the same ones on every rank."""
-    reasons = Counter()
+def why_dropped(task: Task, kept: Int64[Tensor, " n"], max_pixels: int) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Reasons of the images that did not come back, with examples: the same few are read again on every rank."""
+    reasons, examples = Counter[str](), dict[str, list[str]]()
     for i in np.delete(task.images, kept.numpy()).tolist():
+        reason = "unread"  # it can be read now
         try:
             decode_rgb(image_of(task.samples.read(i, IMAGE_KINDS)), max_pixels)
-            reasons["unread"] += 1  # it could be read now
         except BadSample as bad:
-            reasons[bad.reason] += 1
-    return dict(reasons)
+            reason = bad.reason
+        reasons[reason] += 1
+        note(examples, reason, [task.samples.key(i)])
+    return dict(reasons), examples
 
 
 @contextmanager
@@ -267,12 +280,16 @@ def judge(task: Task, embedded: Embedded, relevance: str) -> Evaluation:
 
 
 def account(task: Task, embedded: Embedded) -> dict[str, Any]:
-    """What became of the split's samples: indexed = used + dropped."""
+    """What became of the split's samples: indexed = used + dropped, of which some are named."""
     indexed = len(task.samples) + sum(task.samples.dropped.values())
     dropped = dict(Counter(task.dropped) + Counter(embedded.dropped))
     if indexed != len(embedded.kept) + sum(dropped.values()):
         raise RuntimeError(f"{task.name}: {len(embedded.kept)} used and {dropped} dropped are not {indexed} samples")
-    return {"indexed": indexed, "used": len(embedded.kept), "dropped": dropped}
+    examples = {**task.examples}
+    for reason, keys in embedded.examples.items():
+        note(examples, reason, keys)
+    counts = {"indexed": indexed, "used": len(embedded.kept), "dropped": dropped}
+    return counts | ({"examples": examples} if examples else {})
 
 
 def judge_retrieval(task: Task, embedded: Embedded, relevance: str) -> tuple[dict[str, float], dict[str, int]]:

@@ -24,7 +24,7 @@ from clipft.learn.module import ContrastiveModule, StepRecord
 from clipft.learn.saver import Saver
 from clipft.learn.skips import Skips
 from clipft.learn.stop import STOPS, StopRequest, Timer
-from clipft.report import tell
+from clipft.report import on_the_way, tell
 
 Validate = Callable[[], dict[str, float]]
 
@@ -200,8 +200,9 @@ class AfterStep(pl.Callback):
     def _validate(self, module: ContrastiveModule, step: int) -> bool:
         """Adds the validation to the step's row; true when it is the best so far."""
         self.saver.wait()  # loader processes are forked, and a lock that the writing thread holds would stay locked
-        with module.averaged():
-            metrics = all_objects(self.validate())[0]  # ranks on unlike hardware could differ in the last digit
+        with module.averaged(), on_the_way():
+            mine = self.validate()
+        metrics = all_objects(mine)[0]  # ranks on unlike hardware could differ in the last digit
         module.train_mode()
         self.evaluate.restart()
         value = select_value(metrics, self.select)

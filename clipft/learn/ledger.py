@@ -7,6 +7,7 @@ from typing import Any
 
 from clipft.data.loader import Batch
 from clipft.learn.gather import all_objects, rank, world
+from clipft.report import RunFailed
 
 SEEN_BEFORE_JUDGING = 200  # one bad sample among the first few is no rate
 MOST_IN_A_ROW = 100
@@ -53,7 +54,7 @@ class Ledger:
             f"{reason} {count}, such as {', '.join(self.examples[reason])}"
             for reason, count in self.reasons.most_common(5)
         )
-        raise ValueError(f"{what} ({reasons}). {advice}.")
+        raise RunFailed(f"{what} ({reasons}). {advice}; clipft data verify with out=FILE names all of them.")
 
     def line(self) -> str:
         """The ledger in a few words for the line of progress."""

@@ -164,11 +164,13 @@ def test_what_cannot_be_used_is_counted_by_reason_and_takes_no_part(tmp_path):
     mixed = [member for pair in zip(good, bad, strict=False) for member in pair] + good[len(bad) :]
     found = measured(write_shard(tmp_path / "mixed.tar", mixed))
     assert found.metrics == pytest.approx(clean.metrics, abs=1e-12)
-    dropped, indexed = found.gallery.pop("dropped"), found.gallery.pop("indexed")
+    dropped, indexed, examples = (found.gallery.pop(name) for name in ("dropped", "indexed", "examples"))
     assert clean.gallery == found.gallery | {"indexed": len(good), "dropped": {}}
     assert indexed == len(good) + len(bad)
     assert sum(dropped.values()) == len(bad)
     assert {"no_caption": 1, "bad_utf8": 1, "bad_label": 1, "no_image": 1}.items() <= dropped.items()
+    assert {reason: len(keys) for reason, keys in examples.items()} == dropped
+    assert len({key for keys in examples.values() for key in keys}) == len(bad)
 
 
 def test_images_over_max_pixels_are_dropped(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from clipft.data.loader import Batch
 from clipft.learn.ledger import Ledger, account, bad_counts, bad_run, longest_run
+from clipft.report import RunFailed
 
 
 def batch(bad: dict[int, str], size: int, first: int) -> Batch:
@@ -36,10 +37,10 @@ def test_too_many_unusable_samples_stop_the_run_with_the_reasons_and_keys():
     ledger = new(0.05)
     take(ledger, {row: "image_truncated" for row in range(0, 22, 2)}, size=190)  # too few to speak of a rate
     with pytest.raises(
-        ValueError, match=r"11 of the first 210 .*data\.max_bad_frac=0\.05 \(image_truncated 11"
+        RunFailed, match=r"11 of the first 210 .*data\.max_bad_frac=0\.05 \(image_truncated 11"
     ) as error:
         take(ledger, {}, size=20)
-    assert "such as a/0, a/2, a/4, a/6, a/8)" in str(error.value)
+    assert "such as a/0, a/2, a/4, a/6, a/8)" in str(error.value) and "data verify with out=FILE" in str(error.value)
     take(new(0.5), {row: "bad_json" for row in range(20)}, size=210)
 
 
@@ -49,7 +50,7 @@ def test_a_hundred_unusable_samples_in_a_row_stop_the_run_however_few_they_are_o
     take(ledger, {9_940 + row: reason for row, reason in bad.items()}, size=10_000)
     take(ledger, {row: "read_error" for row in range(39)}, size=40)  # 99 in a row, then a good one
     take(ledger, bad, size=60)
-    with pytest.raises(ValueError, match=r"100 samples in a row could not be used \(read_error 199, such as a/9940"):
+    with pytest.raises(RunFailed, match=r"100 samples in a row could not be used \(read_error 199, such as a/9940"):
         take(ledger, {row: "read_error" for row in range(40)}, size=60)
 
 
@@ -126,7 +127,7 @@ def test_a_run_too_short_for_a_rate_is_judged_at_its_end():
     ledger = new(0.05, num_all=24)
     for _ in range(2):
         take(ledger, {0: "bad_json"})
-    with pytest.raises(ValueError, match="2 of the first 24 samples"):
+    with pytest.raises(RunFailed, match="2 of the first 24 samples"):
         take(ledger, {})
 
 
