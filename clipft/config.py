@@ -375,7 +375,7 @@ class TrainerConfig:
     precision: str | None = None
     """Lightning's name, such as 32-true or bf16-mixed; null: bf16 on GPUs that have it, fp16 on others, fp32 on CPU."""
     dist_timeout_s: int = 600
-    """Seconds after which a rank that does not answer ends the job."""
+    """Seconds after which a rank, or a bit sooner a loader process, that does not get any further ends the job."""
 
     def __post_init__(self):
         positive(trainer__devices=self.devices, trainer__dist_timeout_s=self.dist_timeout_s)

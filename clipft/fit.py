@@ -1,6 +1,7 @@
 """The steps of a run: its parts joined to Lightning's Trainer, from the state that was found to the end or a stop."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,15 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from clipft.capacity import out_of_memory
 from clipft.config import Config, Every, parse_every
 from clipft.data.augment import Augment
-from clipft.data.loader import Batch, naming_lost_workers, train_loader
+from clipft.data.loader import Batch, train_loader
 from clipft.data.mix import Mix
 from clipft.data.order import Order
 from clipft.data.pairs import Units
+from clipft.data.waiting import WaitingLoader, naming_lost_workers
 from clipft.judge.evaluate import evaluating
 from clipft.learn.after_step import AfterStep, Intervals, Validate
 from clipft.learn.checkpoint import Found, said_by
@@ -98,7 +99,9 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
     loss = build_loss(config.loss.name, config.loss.duplicates, config.loss.label_smoothing)
     module = ContrastiveModule(clip.model, towers_of(clip), loss, config.optim, build_plan(job))
     trainer = build_trainer(ranks, config.trainer.precision, after, saver)
-    loader = batches(job, found.step, job.steps.total, job.measure.workers)
+    # Several ranks stop at the end of a step alone: the others are in it already, and wait for this one.
+    leave = (lambda: after.leave(trainer, module)) if ranks.world == 1 else None
+    loader = batches(job, found.step, job.steps.total, job.measure.workers, leave)
     try:
         with naming_lost_workers(loader):
             trainer.fit(module, loader, ckpt_path=found.path, weights_only=True)
@@ -174,8 +177,10 @@ def set_bias(job: Job) -> str:
     )
 
 
-def batches(job: Job, start_step: int, num_steps: int, workers: int) -> DataLoader[Batch]:
-    """This rank's slices of the global batches, from this step to `num_steps`."""
+def batches(
+    job: Job, start_step: int, num_steps: int, workers: int, leave: Callable[[], None] | None = None
+) -> WaitingLoader:
+    """This rank's slices of the global batches, from this step to `num_steps`, or to where `leave` ends them."""
     config, measure, ranks = job.config, job.measure, job.measure.ranks
     return train_loader(
         job.units,
@@ -193,6 +198,7 @@ def batches(job: Job, start_step: int, num_steps: int, workers: int) -> DataLoad
         start_step=start_step,
         workers=workers,
         pin=ranks.device.type == "cuda",
+        patience=replace(measure.patience, leave=leave),
     )
 
 

@@ -1,6 +1,7 @@
 """python -m clipft.rank COMMAND CONFIG: one rank of a job, started by `launch`; reads no other arguments."""
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def train(file: Path) -> int:
-    with stoppable() as stop:
+    with ending_children(), stoppable() as stop:
         from clipft.ranks import joined
 
         config = load_config(file, Config)
@@ -56,6 +57,17 @@ def stoppable() -> Iterator[StopRequest]:
             requeue()
 
 
+@contextmanager
+def ending_children() -> Iterator[None]:
+    """Kills at the end what is left of loader processes: Python would wait for one that hangs, and never end."""
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises over each of them
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
 def requeue() -> None:
     """Asks Slurm to start this job again; without Slurm nothing happens."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID", "") + "_" + os.environ.get("SLURM_ARRAY_TASK_ID", "")
@@ -83,7 +95,7 @@ JOBS: dict[str, Callable[[Path], int]] = {"train": train, "evaluate": evaluate, 
 
 def train_under_torchrun(config: Config, prepare: Callable[[Config], Path | None]) -> int:
     """Every rank has read the command line; rank 0 prepares the run's folder, all read the config it wrote there."""
-    with stoppable() as stop:
+    with ending_children(), stoppable() as stop:
         from clipft.ranks import check_alike, first_to_all, joined
 
         with joined(config.trainer) as ranks:
@@ -98,7 +110,7 @@ def evaluate_under_torchrun(config: EvaluateConfig) -> int:
     from clipft import run
     from clipft.ranks import joined
 
-    with joined(config.trainer) as ranks:
+    with ending_children(), joined(config.trainer) as ranks:
         return run.evaluate(config, ranks)
 
 

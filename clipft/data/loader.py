@@ -1,21 +1,14 @@
 """Samples to batches: one request is one global step, its answer this rank's slice of that step."""
 
-import os
-import re
-import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from threading import Thread
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from clipft.data.augment import Augment, apply_augment
 from clipft.data.caption import caption_id, group_id, group_of, hash_id, only_words, written_captions
@@ -24,13 +17,11 @@ from clipft.data.index import Samples
 from clipft.data.order import Order, rank_slice, rng_for
 from clipft.data.pairs import Units
 from clipft.data.sample import IMAGE_KINDS, BadSample, failing_at, image_of
-from clipft.report import RunFailed
+from clipft.data.waiting import NOTHING, InFlight, Patience, WaitingLoader, in_order
 
 CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
-PREFETCH = 2  # steps that a worker prepares ahead
 READ = (*IMAGE_KINDS, "json", "txt")
-WORKER_DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\) (?:is )?([^.]*)")  # torch's words for it
-NOTHING = -1  # in the place of the number of a sample
+PATIENCE = Patience()
 
 Tokenize = Callable[[list[str]], Int64[Tensor, "b L"]]
 
@@ -83,23 +74,6 @@ class Steps(Sampler[int]):
 
     def __len__(self) -> int:
         return self.stop
-
-
-class InFlight:
-    """Which item each loader process reads, in memory shared with its parent, where it outlives the process."""
-
-    def __init__(self, workers: int):
-        self.slots = torch.full((workers, 2), NOTHING).share_memory_()  # pid, item
-
-    def note(self, item: int) -> None:
-        """Writes down what this process reads from now on; the training process notes nothing."""
-        info = get_worker_info()
-        if info is not None:
-            self.slots[info.id] = torch.tensor([os.getpid(), item])
-
-    def of(self, pids: set[int]) -> list[int]:
-        """What these processes were reading, as far as they are known here."""
-        return [item for pid, item in self.slots.tolist() if pid in pids]
 
 
 @dataclass
@@ -194,7 +168,8 @@ def train_loader(
     start_step: int,
     workers: int,
     pin: bool,
-) -> DataLoader[Batch]:
+    patience: Patience = PATIENCE,
+) -> WaitingLoader:
     """This rank's slices of the global steps start_step to num_steps - 1, in order; len() is num_steps."""
     rank_slice(len(order.batch(start_step)[1]), rank, world)  # raises for a batch that the units or ranks cannot fill
     dataset = TrainSteps(
@@ -211,7 +186,8 @@ def train_loader(
         world=world,
         in_flight=InFlight(workers),
     )
-    return in_order(dataset, Steps(start_step, num_steps), workers, pin)
+    steps = Steps(start_step, num_steps)
+    return in_order(dataset, steps, dataset.in_flight, dataset.key, patience, workers, pin)
 
 
 @dataclass
@@ -251,75 +227,9 @@ def eval_images(
     max_pixels: int,
     workers: int,
     batches: list[np.ndarray],
-) -> DataLoader[tuple]:
+    patience: Patience = PATIENCE,
+) -> WaitingLoader:
     """(sample indices, pixels, valid) of each of the batches of sample indices, in order."""
     dataset = EvalBatches(samples, preprocess, max_pixels, batches, InFlight(workers))
-    return in_order(dataset, Steps(0, len(batches)), workers, False)
-
-
-@contextmanager
-def naming_lost_workers(loader: DataLoader) -> Iterator[None]:
-    """Inside it, torch's error over a process of this loader that died becomes a RunFailed with the sample it read."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = lost_worker(loader, error)
-        if said is None:
-            raise
-        raise RunFailed(said) from error
-
-
-def lost_worker(loader: DataLoader, error: RuntimeError) -> str | None:
-    """What to tell the user when the error means that a process of this loader died; None for other errors."""
-    match = WORKER_DIED.search(str(error))
-    dataset = loader.dataset
-    assert isinstance(dataset, TrainSteps | EvalBatches)
-    lost = dataset.in_flight.of({int(pid) for pid in match[1].split(",")}) if match else []
-    if match is None or not lost:
-        return None
-    keys = [dataset.key(item) for item in lost if item != NOTHING]
-    # The cause names the signal where torch was told of it; without, it looks every 5 seconds.
-    how = (WORKER_DIED.search(str(error.__cause__)) or match)[2].strip()
-    return (
-        f"a loader process died ({how}) while it read {', '.join(keys) or 'no sample'}. If it was killed, "
-        "memory may have run out: lower data.workers. If it crashed, look at that sample. The same command goes on "
-        "from the last saved state."
-    )
-
-
-def in_order(dataset: Dataset, steps: Steps, workers: int, pin: bool) -> DataLoader:
-    """The items of these steps, each built whole by one process, in the order of the steps."""
-    return DataLoader(
-        dataset,
-        sampler=steps,
-        batch_size=None,
-        collate_fn=as_it_is,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=PREFETCH if workers else None,
-        persistent_workers=workers > 0,
-        worker_init_fn=outlive_stop_signals if workers else None,
-        # By fork the workers share the index's memory and start in milliseconds.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-
-
-def as_it_is(item: Any) -> Any:
-    return item
-
-
-def outlive_stop_signals(_: int) -> None:
-    """Lets a worker go on when a stop signal goes to all processes: the last step still needs its batches.
-
-    Only SIGTERM from the training process itself ends it; that is how multiprocessing cleans up.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=exit_when_parent_asks, daemon=True).start()
-
-
-def exit_when_parent_asks() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    steps = Steps(0, len(batches))
+    return in_order(dataset, steps, dataset.in_flight, dataset.key, patience, workers, False)

@@ -158,6 +158,17 @@ class AfterStep(pl.Callback):
         tell(step=record.step)
         self.end = time.perf_counter()
 
+    def leave(self, trainer: pl.Trainer, module: ContrastiveModule) -> None:
+        """Saves the last step and stops before the next one, whose batch is waited for. For a single rank."""
+        reason = self.stop.agreed = self.stop.wish()
+        if module.step == self.journal.first_step:  # nothing is new
+            raise SystemExit(STOPS[reason])
+        self._read(leave=0)
+        self.journal.write(self.ledger.line())
+        self.ledger.meet()
+        trainer.save_checkpoint(step_path(self.folder, module.step))
+        trainer.should_stop = True
+
     def _sum(self, record: StepRecord, batch: Batch) -> Tensor:
         """Scale and norm, then sums over ranks: loss, shared positives, skips, used samples, wishes, bad samples."""
         first = rank() == 0  # durations run on one clock

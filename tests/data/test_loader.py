@@ -20,15 +20,16 @@ import torch
 from PIL import Image
 from shards import Members, jpeg, pairs, write_shards, write_tar
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import clipft.data.loader as loader_module
+import clipft.data.waiting as waiting_module
 from clipft.data.augment import Augment, apply_augment
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples, index_shards
-from clipft.data.loader import Batch, eval_images, lost_worker, naming_lost_workers, train_loader
+from clipft.data.loader import Batch, eval_images, train_loader
 from clipft.data.order import Shuffle, left_out, permutation
 from clipft.data.pairs import Units, build_units
+from clipft.data.waiting import Patience, WaitingLoader, lost_worker, naming_lost_workers
 from clipft.report import RunFailed
 
 STRONG = Augment(16, 0.9, 5.0, 0.5, "bicubic", "shortest", (0, 0, 0))
@@ -53,7 +54,7 @@ def batches(samples: Samples | Units, **changes: Any) -> Iterator[Batch]:
     return iter(loader_of(samples, **changes))
 
 
-def loader_of(samples: Samples | Units, **changes: Any) -> DataLoader[Batch]:
+def loader_of(samples: Samples | Units, **changes: Any) -> WaitingLoader:
     units = samples if isinstance(samples, Units) else build_units(samples, "one")
     options: dict[str, Any] = {
         "augment": STRONG,
@@ -464,6 +465,93 @@ def test_a_worker_that_dies_between_samples_is_reported_without_one(samples: Sam
         with pytest.raises(RuntimeError) as raised, naming_lost_workers(loader):
             raise other
         assert raised.value is other
+
+
+def stand_still_at(number: int) -> Callable[..., Any]:
+    """decode_rgb, but that the process does not come back from one picture, as from a disk that does not answer."""
+    endless = jpeg(number)
+
+    def decode(raw: bytes, max_pixels: int) -> Any:
+        while raw == endless:
+            time.sleep(60)
+        return decode_rgb(raw, max_pixels)
+
+    return decode
+
+
+def children_but(others: list[Any]) -> list[Any]:
+    return [child for child in active_children() if child not in others]
+
+
+@pytest.mark.process
+def test_a_worker_that_hangs_is_named_with_its_sample_and_ends_the_wait(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(loader_module, "decode_rgb", stand_still_at(13))
+    others, patience = active_children(), Patience(limit_s=3.0)
+    for loader in (
+        loader_of(samples, workers=2, patience=patience),
+        eval_images(samples, preprocess, 10_000, 2, [np.arange(8), np.arange(8, 16), np.arange(16, 20)], patience),
+    ):
+        running = iter(loader)
+        with pytest.raises(RunFailed, match=r"no batch came .* is at 000/00013 for \d+ s\. .*trainer\.dist_timeout_s"):
+            list(running)
+        assert not children_but(others), "they are not waited for at the end"
+    words = capsys.readouterr().err.splitlines()
+    assert len(words) == 2 and all(word.startswith("warning: no batch") and "000/00013 for" in word for word in words)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("can_leave", [True, False])
+def test_a_run_that_is_to_stop_does_not_wait_for_a_worker_that_stands_still(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch, can_leave: bool
+):
+    monkeypatch.setattr(waiting_module, "STOP_S", 2)
+    others, asked, left = active_children(), [""], []
+    leave = (lambda: left.append(1)) if can_leave else None
+    patience = Patience(limit_s=60.0, asked_to_stop=lambda: asked[0], leave=leave)
+    running = iter(loader_of(samples, workers=2, num_steps=1000, patience=patience))
+    next(running)
+    for child in children_but(others):
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGSTOP)
+    asked[0], began = "SIGTERM", time.monotonic()
+    if can_leave:
+        assert len(list(running)) < 10 and left == [1]
+    else:
+        with pytest.raises(RunFailed, match=r"SIGTERM asked the run to stop, and no batch came .* is stopped, "):
+            list(running)
+    assert time.monotonic() - began < 20 and not children_but(others)
+
+
+@pytest.mark.process
+def test_workers_that_are_slow_are_waited_for_as_long_as_they_get_further(
+    samples: Samples, undisturbed: list[tuple], monkeypatch: pytest.MonkeyPatch
+):
+    def slow(raw: bytes, max_pixels: int) -> Any:
+        time.sleep(0.3)
+        return decode_rgb(raw, max_pixels)
+
+    monkeypatch.setattr(loader_module, "decode_rgb", slow)
+    before = signal.getsignal(signal.SIGALRM)
+    running = batches(samples, workers=1, num_steps=2, patience=Patience(limit_s=1.5))
+    assert [joined([batch]) for batch in running] == undisturbed[:2]
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_is_no_fault_of_a_sample_comes_out_with_its_key(
+    samples: Samples, monkeypatch: pytest.MonkeyPatch, workers: int
+):
+    def broken(raw: bytes, max_pixels: int) -> Any:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(loader_module, "decode_rgb", broken)
+    says = r"reading 000/000\d\d failed: AttributeError: no such thing"
+    for loader in (loader_of(samples, workers=workers), eval_images(samples, preprocess, 100, workers, [np.arange(4)])):
+        with pytest.raises(RuntimeError, match=says):
+            list(loader)
 
 
 def test_samples_of_a_shard_that_changes_or_goes_away_are_dropped(tmp_path: Path):
