@@ -32,6 +32,7 @@ from clipft.learn.metrics_file import read_rows
 from clipft.learn.module import ContrastiveModule
 from clipft.learn.stop import StopRequest
 from clipft.plan import resolve
+from clipft.report import RunFailed
 from clipft.rundir import locked, read_results, settle
 
 pytestmark = pytest.mark.process
@@ -613,3 +614,31 @@ def test_a_run_goes_on_under_another_batch_size_when_it_is_forced_to(root, capsy
         "examples": {},
     }
     assert "32 drawn = 32 used + 0 dropped" in capsys.readouterr().out
+
+
+def test_after_a_forced_change_of_the_seed_no_epochs_are_claimed(root):
+    config = make_config(root, "name=seeded", "train.max_steps=3")
+    assert train_here(config)[0] == 0
+    code, path = train_here(replace(config, resume="force", train=replace(config.train, max_steps=5, seed=1)))
+    ledger = read_results(path)["meta"]["ledger"]
+    assert code == 0 and ledger["drawn"] == 5 * 8 and "epochs" not in ledger
+
+
+def test_data_that_become_unusable_on_the_way_fail_the_run_and_before_it_are_refused(root, tmp_path, monkeypatch):
+    data = make_data(tmp_path)
+    config = make_config(root, f"data.path={data}", "name=touched")
+
+    def after_a_touch(function):
+        def touched(*arguments):
+            for shard in data.glob("val-*.tar"):
+                os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+            return function(*arguments)
+
+        return touched
+
+    monkeypatch.setattr(AfterStep, "_validate", after_a_touch(AfterStep._validate))
+    with pytest.raises(RunFailed, match=r"none of its 12 images could be decoded \(12 shard_changed\)"):
+        train_here(config)
+    monkeypatch.setattr(fit, "batches", after_a_touch(fit.batches))
+    with pytest.raises(ValueError, match=r"none of its 12 images could be decoded"):
+        train_here(replace(config, name="touched-first"))

@@ -94,6 +94,29 @@ def test_loader_processes_that_are_killed_end_the_job_and_are_named(make, calm):
     check(ended, 1, calm(*SPLIT))
 
 
+@pytest.mark.parametrize("devices, timeout_s", [(1, 3), (2, 10)])
+@pytest.mark.parametrize("base", ["true", "false"])  # in the first measurement, and in training
+def test_a_loader_process_that_hangs_ends_the_job_with_its_sample(make, calm, devices, timeout_s, base):
+    options = [f"trainer.devices={devices}", f"eval.base={base}"]
+    config = make(f"hangs-{devices}-{base}", *options, "data.workers=2", f"trainer.dist_timeout_s={timeout_s}")
+    ended = go(config, Fault(devices - 1, START, stall_decoder))
+    assert re.search(r"no batch came .* process \d+ is (stopped, )?at \w+-\d+/\d+", ended.last_line)
+    check(ended, 1, calm(*options), gone_s=timeout_s + GRACE_S + GONE_S)
+
+
+def stall_decoder(module, batch) -> None:
+    """The fourth picture that a loader process decodes stops it."""
+    decode, num_decoded = loader.decode_rgb, []
+
+    def stalling(raw, max_pixels):
+        num_decoded.append(0)
+        if len(num_decoded) == 4:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return decode(raw, max_pixels)
+
+    loader.decode_rgb = stalling
+
+
 @pytest.mark.parametrize("devices, share", [(1, 8), (2, 4)])
 def test_memory_that_runs_out_halves_the_micro_batch_of_the_next_start(make, calm, devices, share):
     config = make(f"memory-{devices}", f"trainer.devices={devices}")

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from threading import Timer
 
 import pytest
 from checks import check
@@ -39,6 +40,20 @@ def test_loader_processes_that_get_the_signal_too_still_deliver(make, calm):
     ended = go(config, Fault(0, 4, lambda module, batch: os.killpg(0, TERM)))
     assert saved_step(ended.path / "checkpoints" / "last.ckpt") == 4
     check(ended, 143, calm(*SPLIT))
+
+
+@pytest.mark.parametrize("number, code", [(TERM, 143), (INT, 130)])
+def test_a_stop_is_heard_while_a_batch_does_not_come_and_the_last_step_is_saved(make, calm, number, code):
+    def hold_workers(module, batch):
+        for child in open(f"/proc/self/task/{os.getpid()}/children").read().split():
+            os.kill(int(child), signal.SIGSTOP)
+        Timer(3, lambda: os.kill(os.getppid(), number)).start()
+
+    config = make(f"held-{code}", "data.workers=2", "checkpoint.every=100")
+    ended = go(config, Fault(0, 4, hold_workers))
+    step = saved_step(ended.path / "checkpoints" / "last.ckpt")
+    assert 4 <= step < 14 and f"Stopped at step {step} of 14" in ended.last_line
+    check(ended, code, calm("checkpoint.every=100"))
 
 
 def test_a_second_request_while_the_state_is_written_loses_nothing(make, calm):
