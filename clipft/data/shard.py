@@ -16,6 +16,7 @@ MAGIC_AT, MAGIC = 257, b"ustar"  # in a header, of ustar, GNU and PAX archives a
 KINDS = frozenset(IMAGE_KINDS + TEXT_KINDS)
 ENDS_IN_DATA = KINDS - {"bmp", "tif", "tiff", "ppm", "pgm"}  # the others may end in black pixels
 FEW = 16  # zeros that a picture may end in by chance
+END_MARKS = (b"\xff\xd9", b"IEND\xaeB`\x82", b";")  # of JPEG, PNG and GIF; some writers add zeros behind them
 # webdataset skips these names too (tariterators.tar_file_iterator, skip_meta).
 META_NAME = re.compile(r"__[^/]*__($|/)")
 
@@ -201,10 +202,12 @@ def ends_in_zeros(file: BinaryIO, member: tarfile.TarInfo) -> bool:
     kind, end = kind_of(member), member.offset_data + member.size
     if kind not in ENDS_IN_DATA or why_ignored(member) or not member.size:
         return False
-    start = (end - 1) // BLOCK * BLOCK
-    file.seek(start)
+    file.seek(start := (end - 1) // BLOCK * BLOCK)
     last = file.read(end - start)
-    return not last.strip(b"\0") and (len(last) >= FEW or kind in TEXT_KINDS)
+    if last.strip(b"\0") or kind in TEXT_KINDS:
+        return not last.strip(b"\0")
+    file.seek(member.offset_data)
+    return len(last) >= FEW and not file.read(member.size).rstrip(b"\0").endswith(END_MARKS)
 
 
 def kind_of(member: tarfile.TarInfo) -> str:

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,6 +210,56 @@ def test_a_tail_of_zeros_is_damage_also_where_it_is_short(tmp_path: Path):
     assert byte == 20 * 2560 and "zero bytes from here on" in what
 
 
+@pytest.mark.skipif(not shutil.which("tar"), reason="tar")
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7, 10, 12, 15, 20, 24, 30, 64, 100, 200, 512, 2048])
+def test_a_tar_with_records_of_any_size_is_whole_and_said_to_be_odd_where_it_is(tmp_path: Path, blocks: int):
+    (tmp_path / "in").mkdir()
+    for count in (151, 170, 193):
+        for name, raw in pairs(0, count):
+            (tmp_path / "in" / name).write_bytes(raw)
+        shard = tmp_path / f"{count}.tar"
+        subprocess.run(["tar", f"-b{blocks}", "-cf", shard, "-C", tmp_path / "in", "."], check=True)
+        index = scan_shard(shard)
+        assert index.problems == [] and len(index.keys) == count
+        num_zeros = index.size - len(shard.read_bytes().rstrip(b"\0"))
+        if index.doubts:
+            [(byte, what)] = index.doubts
+            assert f"nothing but {index.size - byte} zero bytes" in what and blocks not in (1, 20)
+            assert index_shards([str(shard)]).doubts == {str(shard): f"{what} (byte {byte} of {shard})"}
+        else:
+            assert num_zeros < 10240 + 3 * 512, "that many need no mention"
+
+
+@pytest.mark.parametrize("size", [20480, 65536, 1 << 20])
+def test_a_file_of_nothing_but_zeros_is_no_tar_unless_it_is_an_empty_one(tmp_path: Path, size: int):
+    empty = Path(write_tar(tmp_path / "empty.tar", []))
+    assert empty.read_bytes() == bytes(10240) and scan_shard(empty).problems == scan_shard(empty).doubts == []
+    (tmp_path / "a.tar").write_bytes(bytes(size))
+    [(byte, what)] = scan_shard(tmp_path / "a.tar").problems
+    assert byte == 0 and f"{size} zero bytes" in what
+
+
+@pytest.mark.parametrize("kind", ["txt", "json", "jpg", "png"])
+def test_zeros_that_begin_inside_the_last_member_are_noticed_however_few_they_are(tmp_path: Path, kind: str):
+    """As tar writes it the shard ends in less than 10 kB of zeros also after it has lost its last sample."""
+    last = {"txt": b"words " * 200, "json": b'{"caption": "%s"}' % (b"a dog " * 200)}.get(kind, jpeg(7) * 2)
+    first = [("0.cls", b"1"), ("0.png" if kind != "png" else "0.jpg", jpeg(0)), (f"1.{kind}", last)]
+    whole = Path(write_tar(tmp_path / "whole.tar", [*first, ("2.jpg", jpeg(2)), ("2.txt", b"a bird")]))
+    raw, start = whole.read_bytes(), 512 + 512 + 512 + -(-len(jpeg(0)) // 512) * 512 + 512
+    assert raw[start : start + len(last)] == last and scan_shard(whole).doubts == []
+    (tmp_path / "a.tar").write_bytes(raw[: start + 512].ljust(len(raw), b"\0"))
+    index = scan_shard(tmp_path / "a.tar")
+    [(byte, what)] = index.problems or index.doubts
+    assert bool(index.problems) is (kind in ("txt", "json"))  # a picture is judged when it is decoded
+    assert raw[byte : byte + 5] == b"2.jpg" and f"zeros at the end of '1.{kind}'" in what
+
+
+def test_zeros_behind_the_end_of_a_picture_and_black_pixels_are_no_sign_of_damage(tmp_path: Path):
+    for name, raw in (("0.jpg", jpeg(0) + bytes(3000)), ("0.bmp", b"BM" + bytes(3000)), ("0.txt", b"a dog")):
+        index = scan_shard(write_tar(tmp_path / "a.tar", [("0.cls", b"1"), (name, raw)]))
+        assert index.problems == index.doubts == []
+
+
 def test_a_shard_cut_anywhere_is_a_problem_and_never_a_wrong_sample(tmp_path: Path):
     whole = Path(write_tar(tmp_path / "whole.tar", pairs(0, 3)))
     raw, index = whole.read_bytes(), scan_shard(whole)
@@ -358,6 +410,20 @@ def test_a_shard_changed_after_indexing_is_not_read(tmp_path: Path):
     with pytest.raises(BadSample, match="shard_changed"):
         samples.read(0)
     assert index_shards([shard]).read(0)["txt"].startswith(b"picture 5\n")
+
+
+def test_a_shard_written_again_in_place_is_not_read_any_further(tmp_path: Path):
+    """The same file, of the same size, with other captions under the same keys."""
+    shard = Path(write_tar(tmp_path / "a.tar", pairs(0, 3)))
+    samples, raw = index_shards([str(shard)]), shard.read_bytes()
+    assert samples.read(0)["txt"].startswith(b"picture 0")
+    time.sleep(0.02)  # a tick of the clock of files
+    with open(shard, "r+b") as file:
+        file.write(raw.replace(b"picture 0", b"picture 1"))
+    assert shard.stat().st_size == len(raw)
+    for i in range(3):
+        with pytest.raises(BadSample, match="shard_changed"):
+            samples.read(i)
 
 
 def test_a_shard_that_shrinks_while_it_is_read_makes_bad_samples(tmp_path: Path):

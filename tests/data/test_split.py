@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -212,3 +213,74 @@ def test_about_the_asked_share_is_held_out_of_every_shard(tmp_path: Path):
     samples = index_shards(write_shards(tmp_path, 100, 100))
     val = hold_out(samples, 0.5)[1]
     assert 25 < np.sum(val.rows[:, 0] == 0) < 75
+
+
+def test_a_packed_shard_with_another_number_of_samples_than_was_written_is_refused(tmp_path: Path):
+    """Of the same size, and with an end of zeros as tar writes it."""
+    shard = packed(tmp_path / "birds")["train"][0]
+    raw, places = shard.read_bytes(), [offset for offset in load_index(shard).offsets]
+    shard.write_bytes(raw[: places[-2] - 512].ljust(len(raw), b"\0"))
+    assert load_index(shard).problems == []
+    for data in (DataConfig(path=str(tmp_path / "birds")), DataConfig(train=str(shard))):
+        with pytest.raises(ValueError, match=rf"{shard} holds 5 usable samples; shards\.json lists it with 6\. Copy"):
+            load_splits(data)
+    (tmp_path / "birds/shards.json").write_text('{"version": 2, "shards": []}')  # another program's
+    assert load_splits(DataConfig(train=str(shard), val=str(shard))).train is not None
+
+
+def test_shards_that_may_be_cut_are_said_unless_shards_json_knows_their_samples(tmp_path: Path):
+    shards = packed(tmp_path / "birds")["train"]
+    raw = shards[1].read_bytes()
+    (tmp_path / "odd").mkdir()
+    odd = tmp_path / "odd/train-0.tar"
+    odd.write_bytes(raw[:17408])
+    assert load_index(odd).doubts != []
+    notes = load_splits(DataConfig(train=[str(odd), str(shards[0])], val=str(shards[0]))).notes
+    assert notes[1].startswith("train: 1 of 2 shards may be cut: nothing but ") and str(odd) in notes[1]
+    sizes = {path.name: len(load_index(path).keys) for path in (odd,)}
+    write_manifest(odd.parent, "odd", {"train": [odd]}, sizes)
+    assert load_splits(DataConfig(train=str(odd), val=str(shards[0]))).notes == []
+
+
+def test_a_shard_under_two_spellings_is_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "a", 20, 20)
+    (tmp_path / "b").symlink_to("a")
+    for other in (f"{tmp_path}/a/000.tar", "a/../a/000.tar", "b/000.tar"):
+        with pytest.raises(ValueError, match=r"names a/000\.tar more than once \(also as .*000\.tar\)"):
+            expand_shards("data.train", ["a", other])
+        assert find_shards(DataConfig(train="a", val=other)).notes == [
+            "1 shards are both trained on and measured on: a/000.tar, ..."
+        ]
+
+
+@pytest.mark.parametrize("kind, is_a", [("pipe", "no file"), ("folder", "a folder"), ("link", "a link to nothing")])
+def test_a_name_of_a_shard_that_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, is_a: str):
+    write_shards(tmp_path, 3, prefix="train-")
+    odd = tmp_path / "train-9.tar"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink("nowhere", path)}[kind](odd)
+    for data in (
+        DataConfig(path=str(tmp_path)),
+        DataConfig(train=str(tmp_path)),
+        DataConfig(train=f"{tmp_path}/train-*.tar"),
+        DataConfig(train=f"{tmp_path}/train-{{000,9}}.tar"),
+        *([] if kind == "folder" else [DataConfig(train=str(odd))]),
+    ):
+        with pytest.raises(ValueError, match=rf"data\.(path|train): {odd} is {is_a}, and no shard"):
+            find_shards(data)
+
+
+@pytest.mark.parametrize("name", [b"train-\xff.tar", b"train-\x1b[31mred\x07.tar", "train-\u202e.tar".encode()])
+def test_names_of_shards_are_printable_wherever_they_are_said(tmp_path: Path, name: bytes):
+    shard = os.fsencode(tmp_path) + b"/" + name
+    os.rename(write_tar(tmp_path / "a.tar", [*pairs(0, 40), ("x.jpg", b""), ("notes", b"")]), shard)
+    write_tar(tmp_path / "other.tar", [])
+    os.rename(write_tar(tmp_path / "c.tar", []), shard.replace(b"train-", b"train-b"))
+    splits = load_splits(DataConfig(path=str(tmp_path)))
+    assert len(splits.notes) == 5 and all(note.isprintable() for note in splits.notes)
+    with open(shard, "r+b") as file:
+        file.truncate(700)
+    for data in (DataConfig(path=str(tmp_path)), DataConfig(train=f"{tmp_path}/train-[!b]*.tar")):
+        with pytest.raises(ValueError, match="should run to byte") as error:
+            load_splits(data)
+        assert str(error.value).isprintable() and "\\" in str(error.value)

@@ -12,6 +12,7 @@ from shards import jpeg, pairs, write_shards, write_tar
 
 from clipft.cli import main
 from clipft.config import DataConfig, VerifyConfig
+from clipft.data import look as look_module
 from clipft.data import verify as module
 from clipft.data.index import index_places, load_index
 from clipft.data.manifest import write_manifest
@@ -293,3 +294,62 @@ def test_samples_of_a_damaged_shard_are_counted_as_dropped(tmp_path: Path):
     looked = report_of(tmp_path).splits["train"][0]
     assert (looked.indexed, looked.fine, looked.dropped) == (3, 0, {"in_damaged_shard": 3})
     assert looked.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
+
+
+def test_every_finding_can_be_written_to_a_file(tmp_path: Path):
+    packed(tmp_path / "birds")
+    members = [*pairs(20, 9), *((f"b{i}.{kind}", b"x") for i in range(30) for kind in ("jpg", "txt")), ("c.txt", b"")]
+    whole, cut = write_tar(tmp_path / "a.tar", members), write_tar(tmp_path / "b.tar", pairs(60, 4))
+    Path(cut).write_bytes(Path(cut).read_bytes()[: 3 * 2560 + 100])
+    out = tmp_path / "found.jsonl"
+    data = DataConfig(train=[whole, cut], workers=0)
+    report = verify(VerifyConfig(data=data, out=str(out)))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(row["key"], row["reason"]) for row in rows if row["shard"] == whole} == {
+        *((f"a/b{i}", "format_not_allowed") for i in range(30)),
+        ("a/c", "no_image"),
+    }
+    raw = Path(whole).read_bytes()
+    for row in rows:
+        if row["shard"] == whole:
+            assert raw[row["byte"] :].startswith(row["key"].removeprefix("a/").encode() + b".")
+    [damage, *others] = [row for row in rows if row["shard"] == cut]
+    assert damage["key"] is None and damage["byte"] is None and "cut inside a header" in damage["reason"]
+    assert [(row["key"], row["reason"]) for row in others] == [(f"b/{i:05d}", "in_damaged_shard") for i in (60, 61, 62)]
+    assert f"with reason, shard and byte, stands in {out}" in describe(report)
+    plain = verify(VerifyConfig(data=DataConfig(train=whole, workers=0)))
+    assert "can be written to a file: out=FILE" in describe(plain) and "out=FILE names all" in verdict(plain)
+    assert "out=FILE" not in describe(verify(VerifyConfig(data=DataConfig(path=str(tmp_path / "birds"), workers=0))))
+
+
+@pytest.mark.parametrize("out", [".", "nowhere/found.jsonl"])
+def test_a_file_for_findings_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path, out: str):
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"out=.* must be a file in a folder that is there"):
+        verify(VerifyConfig(data=DataConfig(path=str(tmp_path)), out=str(tmp_path / out)))
+
+
+def test_a_shard_that_may_be_cut_is_said_unless_its_checksum_is_known(tmp_path: Path):
+    shard = packed(tmp_path) / "train-001.tar"
+    shard.write_bytes(shard.read_bytes()[:17408])
+    (tmp_path / "shards.json").rename(tmp_path / "old.json")
+    assert "train: 1 of 2 shards may be cut: nothing but" in describe(report_of(tmp_path))
+    shards = {"train": [tmp_path / "train-000.tar", shard]}
+    write_manifest(tmp_path, "birds", shards, {path.name: len(load_index(path).keys) for path in shards["train"]})
+    assert "may be cut" not in describe(report_of(tmp_path)) and verdict(report_of(tmp_path)) == ""
+
+
+def test_an_error_that_is_no_fault_of_a_sample_is_raised_with_its_key(tmp_path: Path, monkeypatch):
+    def broken(raw: bytes, max_pixels: int) -> None:
+        raise ValueError("no such thing")
+
+    packed(tmp_path)
+    monkeypatch.setattr(look_module, "decode_rgb", broken)
+    with pytest.raises(RuntimeError, match="reading train-000/00000 failed: ValueError: no such thing"):
+        report_of(tmp_path)
+
+
+def test_a_pipe_among_the_shards_is_refused(tmp_path: Path):
+    os.mkfifo(packed(tmp_path) / "pipe.tar")
+    with pytest.raises(ValueError, match=r"pipe\.tar is no file, and no shard"):
+        report_of(tmp_path)
