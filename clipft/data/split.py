@@ -113,7 +113,7 @@ def check_files(key: str, shards: Iterable[str]) -> None:
     """Raises for a name that is no file, such as a folder or a pipe, of which a read would never return."""
     odd = next((shard for shard in shards if not os.path.isfile(shard)), None)
     if odd is not None:
-        what = "a folder" if os.path.isdir(odd) else "no file" if os.path.exists(odd) else "a link to nothing"
+        what = "a folder" if os.path.isdir(odd) else "no plain file" if os.path.exists(odd) else "a link to nothing"
         raise ValueError(f"{key}: {printable(odd)} is {what}, and no shard. Remove it, or name it otherwise.")
 
 

@@ -351,5 +351,5 @@ def test_an_error_that_is_no_fault_of_a_sample_is_raised_with_its_key(tmp_path: 
 
 def test_a_pipe_among_the_shards_is_refused(tmp_path: Path):
     os.mkfifo(packed(tmp_path) / "pipe.tar")
-    with pytest.raises(ValueError, match=r"pipe\.tar is no file, and no shard"):
+    with pytest.raises(ValueError, match=r"pipe\.tar is no plain file, and no shard"):
         report_of(tmp_path)
