@@ -17,7 +17,7 @@ from torch import Tensor
 from clipft.capacity import out_of_memory
 from clipft.config import Config, Every, parse_every
 from clipft.data.augment import Augment
-from clipft.data.loader import Batch, train_loader
+from clipft.data.loader import train_loader
 from clipft.data.mix import Mix
 from clipft.data.order import Order
 from clipft.data.pairs import Units
@@ -198,7 +198,7 @@ def batches(
         start_step=start_step,
         workers=workers,
         pin=ranks.device.type == "cuda",
-        patience=replace(measure.patience, leave=leave),
+        wait=replace(measure.wait, leave=leave),
     )
 
 

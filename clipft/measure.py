@@ -17,10 +17,10 @@ from torch import nn
 from clipft import __version__
 from clipft.config import Config, DataConfig, EvalConfig, EvaluateConfig
 from clipft.data.index import Samples
-from clipft.data.loader import PATIENCE
+from clipft.data.loader import WAIT
 from clipft.data.order import Order
 from clipft.data.split import Splits, load_splits
-from clipft.data.waiting import Patience
+from clipft.data.waiting import Wait
 from clipft.judge.evaluate import Evaluation, Task, build_task, in_words
 from clipft.judge.evaluate import evaluate as evaluate_task
 from clipft.judge.table import print_results
@@ -46,7 +46,7 @@ class Measure:
     workers: int
     max_pixels: int
     max_bad_frac: float
-    patience: Patience
+    wait: Wait
 
     def __call__(self, task: Task) -> Evaluation:
         try:
@@ -70,7 +70,7 @@ class Measure:
             max_pixels=self.max_pixels,
             trim=self.trim,
             autocast=self.ranks.autocast,
-            patience=self.patience,
+            wait=self.wait,
         )
         check_dropped(evaluation, self.max_bad_frac)
         return evaluation
@@ -83,7 +83,7 @@ def build_measure(
     ranks: Ranks,
     trim: bool,
     workers: int,
-    patience: Patience = PATIENCE,
+    wait: Wait = WAIT,
 ) -> Measure:
     return Measure(
         clip,
@@ -94,7 +94,7 @@ def build_measure(
         workers=workers,
         max_pixels=data.max_pixels,
         max_bad_frac=data.max_bad_frac,
-        patience=patience,
+        wait=wait,
     )
 
 

@@ -17,7 +17,7 @@ from clipft.config import Config, EvaluateConfig, Every, ExportConfig, ModelConf
 from clipft.data.augment import build_augment
 from clipft.data.sample import image_of
 from clipft.data.split import load_splits
-from clipft.data.waiting import Patience
+from clipft.data.waiting import Wait
 from clipft.files import replace_file
 from clipft.fit import Job, ending, fit, is_over, reached, set_bias, towers_of
 from clipft.judge.evaluate import build_task, judge
@@ -85,8 +85,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     check_batch_norm(config, ranks.world, micro)
     trim = can_trim(clip.model, clip.tokenize)
     workers = num_workers(config.data.workers, ranks)
-    patience = Patience(WAIT_FRAC * config.trainer.dist_timeout_s, stop.wish)
-    measure = build_measure(config.eval, config.data, clip, ranks, trim, workers, patience)
+    wait = Wait(WAIT_FRAC * config.trainer.dist_timeout_s, stop.wish)
+    measure = build_measure(config.eval, config.data, clip, ranks, trim, workers, wait)
     augment = build_augment(config.data, clip.preprocess_cfg)
     job = Job(config, folder, units, order, steps, measure, augment, multipliers, micro, meta)
     if new_bias and trained and not found.step:
@@ -145,8 +145,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     clip.model.to(ranks.device)
     trim = can_trim(clip.model, clip.tokenize)
     workers = num_workers(config.data.workers, ranks)
-    patience = Patience(WAIT_FRAC * config.trainer.dist_timeout_s)
-    measure = build_measure(config, config.data, clip, ranks, trim, workers, patience)
+    wait = Wait(WAIT_FRAC * config.trainer.dist_timeout_s)
+    measure = build_measure(config, config.data, clip, ranks, trim, workers, wait)
     task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize, splits.text_errors)
     evaluation = measure(task)
     if ranks.first:

@@ -17,11 +17,11 @@ from clipft.data.index import Samples
 from clipft.data.order import Order, rank_slice, rng_for
 from clipft.data.pairs import Units
 from clipft.data.sample import IMAGE_KINDS, BadSample, failing_at, image_of
-from clipft.data.waiting import NOTHING, InFlight, Patience, WaitingLoader, in_order
+from clipft.data.waiting import NOTHING, InFlight, Wait, WaitingLoader, in_order
 
 CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
 READ = (*IMAGE_KINDS, "json", "txt")
-PATIENCE = Patience()
+WAIT = Wait()
 
 Tokenize = Callable[[list[str]], Int64[Tensor, "b L"]]
 
@@ -168,7 +168,7 @@ def train_loader(
     start_step: int,
     workers: int,
     pin: bool,
-    patience: Patience = PATIENCE,
+    wait: Wait = WAIT,
 ) -> WaitingLoader:
     """This rank's slices of the global steps start_step to num_steps - 1, in order; len() is num_steps."""
     rank_slice(len(order.batch(start_step)[1]), rank, world)  # raises for a batch that the units or ranks cannot fill
@@ -187,7 +187,7 @@ def train_loader(
         in_flight=InFlight(workers),
     )
     steps = Steps(start_step, num_steps)
-    return in_order(dataset, steps, dataset.in_flight, dataset.key, patience, workers, pin)
+    return in_order(dataset, steps, dataset.in_flight, dataset.key, wait, workers, pin)
 
 
 @dataclass
@@ -227,9 +227,9 @@ def eval_images(
     max_pixels: int,
     workers: int,
     batches: list[np.ndarray],
-    patience: Patience = PATIENCE,
+    wait: Wait = WAIT,
 ) -> WaitingLoader:
     """(sample indices, pixels, valid) of each of the batches of sample indices, in order."""
     dataset = EvalBatches(samples, preprocess, max_pixels, batches, InFlight(workers))
     steps = Steps(0, len(batches))
-    return in_order(dataset, steps, dataset.in_flight, dataset.key, patience, workers, False)
+    return in_order(dataset, steps, dataset.in_flight, dataset.key, wait, workers, False)

@@ -31,7 +31,7 @@ STATES = {"T": "stopped, ", "D": "waiting for a disk, "}  # of processes, as Lin
 
 
 @dataclass(frozen=True)
-class Patience:
+class Wait:
     """How long a batch is waited for while no loader process gets any further."""
 
     limit_s: float = 540.0
@@ -71,9 +71,9 @@ class InFlight:
 class WaitingLoader(DataLoader):
     """A loader that does not wait for ever, and says what for."""
 
-    def __init__(self, dataset: Dataset, in_flight: InFlight, key: Callable[[int], str], patience: Patience, **options):
+    def __init__(self, dataset: Dataset, in_flight: InFlight, key: Callable[[int], str], wait: Wait, **options):
         super().__init__(dataset, **options)
-        self.in_flight, self.key, self.patience = in_flight, key, patience
+        self.in_flight, self.key, self.wait = in_flight, key, wait
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         batches = super().__iter__()
@@ -81,17 +81,17 @@ class WaitingLoader(DataLoader):
 
 
 class Waiting(Iterator[Any]):
-    """The batches of a loader with processes, each waited for with patience."""
+    """The batches of a loader with processes, each waited for as long as there is hope."""
 
     def __init__(self, loader: WaitingLoader, batches: Iterator[Any]):
-        self.loader, self.patience, self.batches = loader, loader.patience, batches
+        self.loader, self.wait, self.batches = loader, loader.wait, batches
         self.waits, self.began, self.next_word_s = False, 0.0, 0.0
 
     def __next__(self) -> Any:
         """By a timer's signal, as it reaches the thread wherever it waits; torch's own timeout is not heard while a
         batch comes from a process that stands still."""
         self.waits, self.began = True, time.monotonic()
-        self.next_word_s = min(FIRST_WORD_S, self.patience.limit_s / 2)
+        self.next_word_s = min(FIRST_WORD_S, self.wait.limit_s / 2)
         before = signal.signal(signal.SIGALRM, self._look)
         signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
         try:
@@ -103,8 +103,8 @@ class Waiting(Iterator[Any]):
             raise
         except Leave:
             self._kill_workers()
-            assert self.patience.leave is not None
-            self.patience.leave()
+            assert self.wait.leave is not None
+            self.wait.leave()
             raise StopIteration from None
         finally:
             self.waits = False
@@ -115,15 +115,16 @@ class Waiting(Iterator[Any]):
         """Ends the wait when it is hopeless or not wanted any more; says when it is long."""
         if not self.waits:
             return
-        reason = self.patience.asked_to_stop()
-        if reason and self.patience.leave:
+        reason = self.wait.asked_to_stop()
+        if reason and self.wait.leave:
             raise Leave
         silent_s = time.monotonic() - max(self.began, self.loader.in_flight.last())
-        if silent_s >= self.patience.limit_s or (reason and silent_s >= STOP_S):
+        if silent_s >= self.wait.limit_s or (reason and silent_s >= STOP_S):
             asked = f"{reason} asked the run to stop, and " if reason else ""
             raise RunFailed(
-                f"{asked}{self._said(silent_s)}. See whether the disk with that sample answers. How long such a wait "
-                "may be follows from trainer.dist_timeout_s. The same command goes on from the last saved state."
+                f"{asked}{self._said(silent_s)}. See whether the disk of the shards answers, or who stopped the "
+                "process. How long such a wait may be follows from trainer.dist_timeout_s. The same command goes on "
+                "from the last saved state."
             )
         if silent_s >= self.next_word_s:
             self.next_word_s *= 2
@@ -194,7 +195,7 @@ def in_order(
     steps: Sampler[int],
     in_flight: InFlight,
     key: Callable[[int], str],
-    patience: Patience,
+    wait: Wait,
     workers: int,
     pin: bool,
 ) -> WaitingLoader:
@@ -203,7 +204,7 @@ def in_order(
         dataset,
         in_flight,
         key,
-        patience,
+        wait,
         sampler=steps,
         batch_size=None,
         collate_fn=as_it_is,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from clipft.data.caption import normalise_caption, question_of
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
-from clipft.data.loader import PATIENCE, eval_images
+from clipft.data.loader import WAIT, eval_images
 from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, failing_at, image_of
-from clipft.data.waiting import Patience, naming_lost_workers
+from clipft.data.waiting import Wait, naming_lost_workers
 from clipft.judge.retrieval import retrieval_metrics
 from clipft.judge.zero_shot import class_prototypes, zero_shot_metrics
 from clipft.learn.gather import gather_rows, rank, world
@@ -92,7 +92,7 @@ def evaluate(
     max_pixels: int,
     trim: bool,
     autocast: Autocast = nullcontext,
-    patience: Patience = PATIENCE,
+    wait: Wait = WAIT,
 ) -> Evaluation:
     """Retrieval metrics where samples have captions, zero-shot metrics where they have labels with names."""
     embedded = embed(
@@ -104,7 +104,7 @@ def evaluate(
         max_pixels=max_pixels,
         trim=trim,
         autocast=autocast,
-        patience=patience,
+        wait=wait,
     )
     return judge(task, embedded, relevance)
 
@@ -198,7 +198,7 @@ def embed(
     max_pixels: int,
     trim: bool,
     autocast: Autocast = nullcontext,
-    patience: Patience = PATIENCE,
+    wait: Wait = WAIT,
 ) -> Embedded:
     """The features of all ranks' parts, on every rank.
 
@@ -209,7 +209,7 @@ def embed(
         batches = deal(torch.from_numpy(task.images), batch_size)
         images, places = [], []
         mine = [batch.numpy() for batch in batches]
-        loader = eval_images(task.samples, clip.preprocess, max_pixels, workers, mine, patience)
+        loader = eval_images(task.samples, clip.preprocess, max_pixels, workers, mine, wait)
         with naming_lost_workers(loader):
             for indices, pixels, valid in loader:
                 with autocast():

@@ -29,7 +29,7 @@ from clipft.data.index import Samples, index_shards
 from clipft.data.loader import Batch, eval_images, train_loader
 from clipft.data.order import Shuffle, left_out, permutation
 from clipft.data.pairs import Units, build_units
-from clipft.data.waiting import Patience, WaitingLoader, lost_worker, naming_lost_workers
+from clipft.data.waiting import Wait, WaitingLoader, lost_worker, naming_lost_workers
 from clipft.report import RunFailed
 
 STRONG = Augment(16, 0.9, 5.0, 0.5, "bicubic", "shortest", (0, 0, 0))
@@ -488,10 +488,10 @@ def test_a_worker_that_hangs_is_named_with_its_sample_and_ends_the_wait(
     samples: Samples, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(loader_module, "decode_rgb", stand_still_at(13))
-    others, patience = active_children(), Patience(limit_s=3.0)
+    others, wait = active_children(), Wait(limit_s=3.0)
     for loader in (
-        loader_of(samples, workers=2, patience=patience),
-        eval_images(samples, preprocess, 10_000, 2, [np.arange(8), np.arange(8, 16), np.arange(16, 20)], patience),
+        loader_of(samples, workers=2, wait=wait),
+        eval_images(samples, preprocess, 10_000, 2, [np.arange(8), np.arange(8, 16), np.arange(16, 20)], wait),
     ):
         running = iter(loader)
         with pytest.raises(RunFailed, match=r"no batch came .* is at 000/00013 for \d+ s\. .*trainer\.dist_timeout_s"):
@@ -510,8 +510,8 @@ def test_a_run_that_is_to_stop_does_not_wait_for_a_worker_that_stands_still(
     monkeypatch.setattr(waiting_module, "STOP_S", 2)
     others, asked, left = active_children(), [""], []
     leave = (lambda: left.append(1)) if can_leave else None
-    patience = Patience(limit_s=60.0, asked_to_stop=lambda: asked[0], leave=leave)
-    running = iter(loader_of(samples, workers=2, num_steps=1000, patience=patience))
+    wait = Wait(limit_s=60.0, asked_to_stop=lambda: asked[0], leave=leave)
+    running = iter(loader_of(samples, workers=2, num_steps=1000, wait=wait))
     next(running)
     for child in children_but(others):
         assert child.pid is not None
@@ -535,7 +535,7 @@ def test_workers_that_are_slow_are_waited_for_as_long_as_they_get_further(
 
     monkeypatch.setattr(loader_module, "decode_rgb", slow)
     before = signal.getsignal(signal.SIGALRM)
-    running = batches(samples, workers=1, num_steps=2, patience=Patience(limit_s=1.5))
+    running = batches(samples, workers=1, num_steps=2, wait=Wait(limit_s=1.5))
     assert [joined([batch]) for batch in running] == undisturbed[:2]
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 

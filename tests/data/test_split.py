@@ -254,7 +254,9 @@ def test_a_shard_under_two_spellings_is_one_shard(tmp_path: Path, monkeypatch: p
         ]
 
 
-@pytest.mark.parametrize("kind, is_a", [("pipe", "no plain file"), ("folder", "a folder"), ("link", "a link to nothing")])
+@pytest.mark.parametrize(
+    "kind, is_a", [("pipe", "no plain file"), ("folder", "a folder"), ("link", "a link to nothing")]
+)
 def test_a_name_of_a_shard_that_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, is_a: str):
     write_shards(tmp_path, 3, prefix="train-")
     odd = tmp_path / "train-9.tar"
