@@ -1,29 +1,22 @@
 """One full read of a data set: are these the bytes that were written, and what of them can be used?"""
 
 import json
-import multiprocessing
-import os
-import signal
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from threading import Thread
 
 from clipft.config import DataConfig, VerifyConfig
 from clipft.data.look import Looked, Rules, look_at
 from clipft.data.manifest import MANIFEST, Listed, listed_beside, listed_shards
+from clipft.data.progress import Progress
 from clipft.data.sample import printable
 from clipft.data.split import CLASSNAMES, NORMAL, check_files, counted, doubtful, find_shards, read_lines
+from clipft.data.workers import map_items, num_workers
 from clipft.files import replace_file
-from clipft.report import RunFailed
 
 UNLISTED = "unlisted"  # row of the table for tars beside shards.json that it does not name
-FIRST_WORD_S, EVERY_S = 5, 30  # seconds until the first line of progress, and between the next ones
 
 
 @dataclass(frozen=True)
@@ -99,68 +92,10 @@ def compared(looked: Looked, listed: Listed | None) -> Looked:
 
 def look_at_all(paths: list[str], rules: Rules, workers: int | None) -> dict[str, Looked]:
     """What each shard holds, read by several processes (0: by this one), with progress on stderr."""
-    workers = min(os.cpu_count() or 1 if workers is None else workers, len(paths))
-    progress = Progress(len(paths))
-    if workers <= 1:
-        return {path: progress.add(look_at(path, rules)) for path in paths}
-    # Not by fork: it is not safe in a process with threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    with pool:
-        try:
-            futures = [pool.submit(look_at, path, rules) for path in paths]
-            for future in finished(futures, progress):
-                progress.add(future.result())
-            return {path: future.result() for path, future in zip(paths, futures, strict=True)}
-        except BrokenProcessPool as error:
-            raise RunFailed(
-                "a process that read shards died; memory may have run out. Use fewer of them: data.workers=1"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def finished(futures: list[Future[Looked]], progress: "Progress") -> Iterator[Future[Looked]]:
-    """The futures as they get done; progress is also told while none does."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-        progress.tell()
-        yield from done
-
-
-class Progress:
-    """Says on stderr how far the reading is, when it takes longer than a few seconds."""
-
-    def __init__(self, num_shards: int):
-        self.num_shards, self.num_done, self.num_bytes = num_shards, 0, 0
-        self.start = time.monotonic()
-        self.next = self.start + FIRST_WORD_S
-
-    def add(self, looked: Looked) -> Looked:
-        self.num_done, self.num_bytes = self.num_done + 1, self.num_bytes + looked.num_bytes
-        self.tell()
-        return looked
-
-    def tell(self) -> None:
-        now = time.monotonic()
-        if now < self.next or self.num_done == self.num_shards:
-            return
-        self.next = now + EVERY_S
-        done = f"{self.num_done} of {self.num_shards} shards, {megabytes(self.num_bytes)}"
-        print(f"{done} read after {now - self.start:.0f} s", file=sys.stderr, flush=True)
-
-
-def start_worker() -> None:
-    """Lets a worker end without a word on Ctrl-C, and when the command that started it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    workers = num_workers("data.workers", workers)
+    progress = Progress("reading", "shards", len(paths))
+    found = map_items(partial(look_at, rules=rules), paths, workers, progress, "data.workers")
+    return dict(zip(paths, found, strict=True))
 
 
 def describe(report: Report) -> str:

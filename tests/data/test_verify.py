@@ -13,7 +13,7 @@ from shards import jpeg, pairs, write_shards, write_tar
 from clipft.cli import main
 from clipft.config import DataConfig, VerifyConfig
 from clipft.data import look as look_module
-from clipft.data import verify as module
+from clipft.data import progress
 from clipft.data.index import index_places, load_index
 from clipft.data.manifest import write_manifest
 from clipft.data.verify import Report, describe, refuse, summed, verify
@@ -225,9 +225,9 @@ def test_progress_is_told_when_it_takes_long(tmp_path: Path, capsys, monkeypatch
     packed(tmp_path)
     report_of(tmp_path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "FIRST_WORD_S", 0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0)
     report_of(tmp_path)
-    assert capsys.readouterr().err.startswith("1 of 3 shards, 0.0 MB read after 0 s")
+    assert capsys.readouterr().err.startswith("reading: 1 of 3 shards after 0:00, about 0:00 left\n")
 
 
 @pytest.mark.process
