@@ -17,7 +17,12 @@ from clipft.model.sources import kind_of
 from clipft.model.towers import check_towers
 
 DATA_TEXT = tuple(f"data.{field}" for field in ("name", "path", "train", "val", "test"))
-FREE_TEXT = ("name", "runs_dir", "source", "out", "run", "model.name", "model.pretrained", *DATA_TEXT)
+PACK_TEXT = ("source", "out", "root", "csv.delimiter", "split.by", "columns.image", "columns.label", "columns.split")
+FREE_TEXT = (
+    *("name", "runs_dir", "run", "model.name", "model.pretrained", "columns.caption"),
+    *DATA_TEXT,
+    *PACK_TEXT,
+)
 GROUPS = ("model", "data", "tune", "experiment")
 SWEEPER = "hydra.sweeper."  # begins the keys of its options
 SWEEPERS = {"grid": config_module.GridConfig, "optuna": config_module.SearchConfig}

@@ -3,6 +3,7 @@
 Nothing else defines a default; the YAML files in conf/ state differences from these.
 """
 
+import codecs
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ ADAMW = "adamw"
 OF_ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6}  # where null; CLIP, table 19
 DURATION_S = {"s": 1, "min": 60, "h": 3600}
 RECALLS = tuple(f"{side}_recall@{k}" for side in ("mean", "text_to_image", "image_to_text") for k in (1, 5, 10))
+SOURCE_FORMATS = ("csv", "jsonl", "json", "parquet", "huggingface", "tars", "pairs", "classes")
 ZERO_SHOTS = ("zero_shot_top1", "zero_shot_top5", "zero_shot_mean_per_class")
 
 
@@ -502,21 +504,112 @@ class ExportConfig:
 
 
 @dataclass(kw_only=True)
+class ColumnsConfig:
+    image: str | None = None
+    """Column of the image's path, or of its bytes; null: found by its name, or by looking at the values."""
+    caption: Any = None
+    """Column of the captions, or a list of columns; null: found by its name; none: there are no captions."""
+    label: str | None = None
+    """Column of the class; null: found by its name; none: there are no labels."""
+    split: str | None = None
+    """Column of the split; null: found by its name; none: there are no splits."""
+
+    def __post_init__(self):
+        names = [self.caption] if isinstance(self.caption, str) else list(self.caption or [])
+        if not all(isinstance(name, str) and name for name in names) or ("none" in names and names[1:]):
+            raise ValueError(f"columns.caption={self.caption!r} must be a column, a list of columns, or none.")
+        self.caption = names or None
+
+
+@dataclass(kw_only=True)
+class CsvConfig:
+    delimiter: str | None = None
+    """The sign between columns, tab for a tab; null: comma, tab, semicolon or bar, by looking."""
+    quotes: bool | None = None
+    """Whether a cell may stand in double quotes; false: they are letters like others; null: by looking."""
+    encoding: str | None = None
+    """Encoding such as latin-1 or cp1252; null: UTF-8, or UTF-16 where the file begins with its mark."""
+
+    def __post_init__(self):
+        self.delimiter = "\t" if self.delimiter in ("tab", "\\t") else self.delimiter
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise ValueError(f"csv.delimiter={self.delimiter!r} must be one sign, or tab.")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError as error:
+            raise ValueError(f"csv.encoding={self.encoding!r} is unknown. Use one such as utf-8 or cp1252.") from error
+
+
+@dataclass(kw_only=True)
+class DrawConfig:
+    val: float | None = None
+    """Share of the images drawn as val, out of train; null: none."""
+    test: float | None = None
+    """Share of the images drawn as test, out of train; null: none."""
+    by: str = "image"
+    """What stays on one side: image (identical or nearly), caption (also equal texts), or a column's value."""
+    near: bool = True
+    """Whether images that look the same count like identical ones; false: only identical files."""
+
+    def __post_init__(self):
+        for key, share in (("split.val", self.val), ("split.test", self.test)):
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{key}={share} must lie between 0 and 1, both excluded.")
+        if (self.val or 0) + (self.test or 0) >= 1:
+            raise ValueError(f"split.val={self.val} and split.test={self.test} leave nothing to train on.")
+        if self.by != "image" and self.val is None and self.test is None:
+            raise ValueError(f"split.by={self.by!r} would be ignored: it belongs to split.val and split.test.")
+
+
+@dataclass(kw_only=True)
+class ImageConfig:
+    max_size: int | None = None
+    """Images whose shorter side has more pixels are scaled down to it and stored as JPEG; null: bytes as they are."""
+    quality: int | None = None
+    """JPEG quality of the images that image.max_size scales down; null: 95."""
+
+    def __post_init__(self):
+        positive(image__max_size=self.max_size)
+        if self.quality is not None and self.max_size is None:
+            raise ValueError(f"image.quality={self.quality} would be ignored: it belongs to image.max_size.")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ValueError(f"image.quality={self.quality} must lie between 1 and 100.")
+
+
+@dataclass(kw_only=True)
 class PackConfig:
     """What `clipft data pack` reads."""
 
     source: str
-    """A folder with metadata.jsonl (one row per image) and the images it names."""
+    """A folder, a table (CSV, TSV, JSONL, JSON, Parquet), a Hugging Face folder, or tars; known by looking."""
     out: str
     """Folder to write: <split>-<number>.tar, their indexes, shards.json, classnames.txt."""
+    format: str | None = None
+    """How to read the source: csv, jsonl, json, parquet, huggingface, tars, pairs or classes; null: by looking."""
+    root: str | None = None
+    """Folder that relative paths start from and no path may leave; null: the table's folder, links inside it only."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    csv: CsvConfig = field(default_factory=CsvConfig)
+    split: DrawConfig = field(default_factory=DrawConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    captions_from_labels: bool = False
+    """Give every labelled image without a caption one caption per template."""
+    templates: Any = field(default_factory=lambda: ["a photo of a {c}."])
+    """Prompts of a labelled set, {c} being the class; openai and simple: CLIP's 80 and 7 for ImageNet."""
     shard_samples: int = 1000
     """Most samples in one shard."""
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {c}."])
-    """Prompts written beside the shards of a labelled set; {c} is the class name."""
+    workers: int | None = None
+    """Processes that read and write; the result is the same; null: one per core."""
 
     def __post_init__(self):
         positive(shard_samples=self.shard_samples)
-        if not all("{c}" in template for template in self.templates):
+        if self.format is not None:
+            one_of("format", self.format, SOURCE_FORMATS)
+        if isinstance(self.templates, str):
+            one_of("templates", self.templates, ("openai", "simple"))
+            return
+        self.templates = [str(template).replace("{}", "{c}") for template in self.templates or []]
+        if not self.templates or not all("{c}" in template for template in self.templates):
             raise ValueError(f"templates={self.templates!r}: every template must contain {{c}}, the class name.")
 
 

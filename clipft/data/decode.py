@@ -3,7 +3,6 @@
 import re
 import warnings
 from io import BufferedReader, BytesIO
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -52,9 +51,9 @@ def decode_rgb(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
     return pixels
 
 
-def image_extension(path: Path) -> str:
+def image_extension(file: BytesIO | BufferedReader) -> str:
     """The extension by content, whatever the file is called; reads the header only."""
-    with open(path, "rb") as file, open_image(file) as image:
+    with open_image(file) as image:
         if image.width * image.height == 0:
             raise BadSample("image_empty")
         return EXTENSIONS[str(image.format)]
@@ -96,8 +95,11 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
         raise BadSample("too_long")
 
 
-def decode_pillow(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
+def decode_pillow(raw: bytes, max_pixels: int, least_side: int | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels; with `least_side` a JPEG is only decoded to an eighth or more that keeps so many on its sides."""
     with open_image(BytesIO(raw)) as image:
+        if least_side is not None:
+            image.draft("RGB", (least_side, least_side))
         # A TIFF's tiles are decoded whole, however small the picture is that is cut from them.
         tile = tiff_tag(image, TILE_WIDTH, 0) * tiff_tag(image, TILE_LENGTH, 0)
         check_size(image.height, image.width, max_pixels)

@@ -187,14 +187,7 @@ def read_exactly(fd: int, offset: int, length: int) -> bytes:
 def index_shards(paths: list[str]) -> Samples:
     """All usable samples of the shards, in order; damaged shards and a set without samples raise."""
     indexes = [load_index(path) for path in paths]
-    damaged = [(path, index.problems[0]) for path, index in zip(paths, indexes, strict=True) if index.problems]
-    if damaged:
-        path, (byte, what) = damaged[0]
-        more = f" {len(damaged) - 1} more of the {len(paths)} shards are damaged." if damaged[1:] else ""
-        raise ValueError(
-            printable(f"{path}: {what} (byte {byte} of {os.path.getsize(path)}).{more} ")
-            + "Nothing of a damaged shard is used: copy or write it again, or leave it out."
-        )
+    refuse_damage(paths, indexes)
     samples = join(paths, indexes)
     if not len(samples):
         raise ValueError(
@@ -203,6 +196,18 @@ def index_shards(paths: list[str]) -> Samples:
             "image (key.jpg, key.png, ...) with key.txt, key.json or key.cls beside it in the same shard."
         )
     return samples
+
+
+def refuse_damage(paths: list[str], indexes: list[ShardIndex]) -> None:
+    """Raises where a shard is damaged, with the byte."""
+    damaged = [(path, index.problems[0]) for path, index in zip(paths, indexes, strict=True) if index.problems]
+    if damaged:
+        path, (byte, what) = damaged[0]
+        more = f" {len(damaged) - 1} more of the {len(paths)} shards are damaged." if damaged[1:] else ""
+        raise ValueError(
+            printable(f"{path}: {what} (byte {byte} of {os.path.getsize(path)}).{more} ")
+            + "Nothing of a damaged shard is used: copy or write it again, or leave it out."
+        )
 
 
 def join(paths: list[str], indexes: list[ShardIndex]) -> Samples:

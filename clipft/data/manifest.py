@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clipft.files import replace_file
 
@@ -50,25 +51,19 @@ def listed_beside(paths: Iterable[str]) -> dict[str, Listed]:
     return {path: known[path] for path in paths if path in known}
 
 
-def write_manifest(folder: Path, name: str, shards: dict[str, list[Path]], num_samples: dict[str, int]) -> None:
-    """Write shards.json: the shards of each split in their order; `num_samples` is per shard file name."""
-    splits = {}
-    for split, paths in shards.items():
-        entries = [
-            {
-                "name": path.relative_to(folder).as_posix(),
-                "samples": num_samples[path.name],
-                "bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-            }
-            for path in paths
-        ]
-        splits[split] = {
-            "shards": entries,
-            "samples": sum(entry["samples"] for entry in entries),
-            "bytes": sum(entry["bytes"] for entry in entries),
+def write_manifest(folder: Path, name: str, splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> None:
+    """Write shards.json: of each split its `shards` (name, samples, bytes, sha256) in their order, with their sums."""
+    whole = {
+        split: {
+            "shards": entry["shards"],
+            "samples": sum(shard["samples"] for shard in entry["shards"]),
+            "bytes": sum(shard["bytes"] for shard in entry["shards"]),
+            **{key: value for key, value in entry.items() if key != "shards"},
         }
-    replace_file(folder / MANIFEST, json.dumps({"version": 1, "name": name, "splits": splits}, indent=1) + "\n")
+        for split, entry in splits.items()
+    }
+    text = json.dumps({"version": 1, "name": name, "splits": whole, **more}, indent=1)
+    replace_file(folder / MANIFEST, text + "\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -61,7 +61,7 @@ class Splits:
 
 def natural(path: str) -> list[str | int]:
     """Sort key that puts x-2.tar before x-10.tar."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path)]
+    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", path))]
 
 
 def nearest(path: Path) -> str:

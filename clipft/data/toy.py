@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from clipft.data.manifest import MANIFEST
-from clipft.data.pack import Row, text_members, write_set
+from clipft.data.pack import write_set
+from clipft.data.sources.row import Row, columns_json
 
 SIZE = 64  # px
 SUPERSAMPLE = 4  # for smooth edges
@@ -95,7 +96,7 @@ TEMPLATES = [f"a {size} {{c}} on a {ground} background" for size, ground in prod
 def make_toy(out: Path) -> None:
     """Draw and pack the toy set into out, which appears in one move; nothing happens where it is already."""
     if not (out / MANIFEST).is_file():
-        write_set(str(out), draw_rows(), SHARD_SAMPLES, TEMPLATES)
+        write_set(str(out), draw_rows(), "jpg", SHARD_SAMPLES, TEMPLATES)
 
 
 def draw_rows() -> list[Row]:
@@ -116,13 +117,13 @@ def draw_row(scene: Scene, key: str, split: str, rng: np.random.Generator) -> Ro
     file = BytesIO()
     draw(scene, rng).save(file, "JPEG", quality=95, subsampling=0)
     return Row(
-        key=key,
-        split=split,
-        label=scene.label,
+        where=[],
         image=file.getvalue(),
-        extension="jpg",
-        num_captions=1,
-        members=text_members({"label": scene.label, "split": split}, [scene.caption]),
+        captions=[scene.caption],
+        label=scene.label,
+        split=split,
+        rest=columns_json({"label": scene.label, "split": split}, [scene.caption]),
+        key=key,
     )
 
 

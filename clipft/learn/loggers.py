@@ -129,7 +129,7 @@ def log_end(logger: Logger, results: dict[str, Any], retrievals: Sequence[Retrie
 
 
 def log_tables_to_wandb(
-    logger: WandbLogger, columns: list[Any], rows: list[list[Any]], retrievals: Sequence[Retrieved]
+    logger: WandbLogger, columns: list[Any], rows: list[Any], retrievals: Sequence[Retrieved]
 ) -> None:
     import wandb
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clipft.data.index import load_index
+from clipft.data.manifest import sha256_of, write_manifest
+
 Members = list[tuple[str, bytes]]
 
 
@@ -39,3 +42,22 @@ def write_shards(folder: Path, *counts: int, prefix: str = "") -> list[str]:
     """One shard for each count; the samples are numbered through."""
     firsts = np.cumsum([0, *counts]).tolist()
     return [write_tar(folder / f"{prefix}{n:03d}.tar", pairs(firsts[n], count)) for n, count in enumerate(counts)]
+
+
+def list_shards(folder: Path, shards: dict[str, list[Path]]) -> None:
+    """shards.json beside shards, as packing writes it."""
+    splits = {
+        split: {
+            "shards": [
+                {
+                    "name": path.relative_to(folder).as_posix(),
+                    "samples": len(load_index(path).keys),
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256_of(path),
+                }
+                for path in paths
+            ]
+        }
+        for split, paths in shards.items()
+    }
+    write_manifest(folder, folder.name, splits, {})

@@ -365,4 +365,5 @@ def test_the_extension_follows_the_content_and_not_the_name(tmp_path):
     ]:
         path = tmp_path / "picture.bmp"
         path.write_bytes(encode(RGB, kind))
-        assert image_extension(path) == extension
+        with open(path, "rb") as file:
+            assert image_extension(file) == extension

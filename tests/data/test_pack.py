@@ -1,15 +1,18 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from forms import bytes_of, read, run
 from PIL import Image
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from clipft.config import DataConfig, PackConfig
+from clipft.config import DataConfig
+from clipft.data import pack as module
+from clipft.data import rows
 from clipft.data.caption import captions_of
-from clipft.data.pack import describe, pack, read_rows, write_set
+from clipft.data.pack import Report, describe
+from clipft.data.rows import by_reason
 from clipft.data.split import load_splits
+from clipft.report import RunFailed
 
 
 def write_source(folder, rows, kind="png"):
@@ -35,21 +38,12 @@ def captioned(num, split="train", start=0):
     ]
 
 
-def run(source, out, **options):
-    return pack(PackConfig(source=str(source), out=str(out), **options))
-
-
-def read(folder, pattern="*.tar"):
-    """All samples in order, as webdataset groups them; its own opener leaves the files open."""
-    samples = []
-    for shard in sorted(Path(folder).glob(pattern)):
-        with open(shard, "rb") as stream:
-            samples += group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
-    return samples
-
-
-def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".index.json")}
+def counts(report: Report, what: str) -> dict[str, int]:
+    """Shards, samples or captions by split."""
+    splits = report.packed.splits
+    if what == "shards":
+        return {split: len(shards) for split, shards in splits.items()}
+    return {split: sum(getattr(shard, what) for shard in shards) for split, shards in splits.items()}
 
 
 def test_webdataset_reads_back_every_row_with_its_own_image_and_captions(tmp_path):
@@ -81,7 +75,7 @@ def test_shards_are_balanced_and_keep_the_order_of_the_rows(tmp_path):
     source = write_source(tmp_path / "source", captioned(23))
     packed = run(source, tmp_path / "out", shard_samples=5)
     sizes = [len(read(tmp_path / "out", path.name)) for path in sorted((tmp_path / "out").glob("*.tar"))]
-    assert packed.shards == {"train": 5} and sum(sizes) == 23 and max(sizes) - min(sizes) <= 1
+    assert counts(packed, "shards") == {"train": 5} and sum(sizes) == 23 and max(sizes) - min(sizes) <= 1
     keys = [sample["__key__"] for sample in read(tmp_path / "out")]
     assert keys == sorted(keys)
 
@@ -91,18 +85,18 @@ def test_split_names_are_mapped_and_strange_ones_kept(tmp_path):
     rows = [{"image": f"images/{i}.png", "text": "x", "split": name} for i, name in enumerate(names)]
     rows.append({"image": "images/last.png", "text": "x"})
     packed = run(write_source(tmp_path / "source", rows), tmp_path / "out")
-    assert packed.samples == {"train": 4, "val": 4, "test": 1, "extra": 1, "my-split": 1}
-    assert list(packed.samples)[:3] == ["train", "val", "test"]
+    assert counts(packed, "samples") == {"train": 4, "val": 4, "test": 1, "extra": 1, "my-split": 1}
+    assert list(packed.packed.splits)[:3] == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize("image", ["image", "file_name", "filepath", "path"])
 @pytest.mark.parametrize("caption", ["captions", "caption", "text", "title"])
-def test_columns_are_found_by_name(tmp_path, image, caption):
+def test_columns_are_found_by_name_and_get_the_usual_names(tmp_path, image, caption):
     source = write_source(tmp_path / "source", [{"image": "images/0.png"}])
     (source / "metadata.jsonl").write_text(json.dumps({image: "images/0.png", caption: "a dog", "id": 3}))
     run(source, tmp_path / "out")
     [sample] = read(tmp_path / "out")
-    assert json.loads(sample["json"]) == {"captions": ["a dog"], image: "images/0.png", "id": 3}
+    assert json.loads(sample["json"]) == {"captions": ["a dog"], "image": "images/0.png", "id": 3}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +165,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         run(source, tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    assert run(source, tmp_path / "empty").samples == {"train": 2}
+    assert counts(run(source, tmp_path / "empty"), "samples") == {"train": 2}
 
 
 def test_every_row_that_is_left_out_is_named_with_its_line_and_reason(tmp_path):
@@ -195,14 +189,14 @@ def test_every_row_that_is_left_out_is_named_with_its_line_and_reason(tmp_path):
     with open(source / "metadata.jsonl", "ab") as file:
         file.write(b'\n{"image": "cut\n[1, 2]\n{"image": "M\xe4dchen"}\n')
     packed = run(source, tmp_path / "out")
-    assert packed.samples == {"train": 1} and packed.captions == {"train": 1}
-    assert packed.dropped == {
+    assert counts(packed, "samples") == {"train": 1} and counts(packed, "captions") == {"train": 1}
+    assert by_reason(packed.rows.dropped) == {
         "image_missing": [2, 3],
         "image_outside_source": [4],
         "no_image": [5, 6],
         "no_caption_or_label": [7],
         "bad_label": [8],
-        "bad_utf8": [15, 9],
+        "bad_utf8": [9, 15],
         "format_not_allowed": [10],
         "image_header_damaged": [11],
         "bad_json": [13],
@@ -214,9 +208,9 @@ def test_every_row_that_is_left_out_is_named_with_its_line_and_reason(tmp_path):
 
 
 def test_a_source_that_cannot_be_packed_says_what_is_expected(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no metadata.jsonl"):
+    with pytest.raises(ValueError, match=r"does not exist. Expected a folder with metadata.jsonl"):
         run(tmp_path / "nothing", tmp_path / "out")
-    source = write_source(tmp_path / "source", [{"picture": "1.png", "text": "x"}])
+    source = write_source(tmp_path / "source", [{"picture": "one", "text": "x"}])
     with pytest.raises(ValueError, match=r"no column for the image.*found picture, text"):
         run(source, tmp_path / "out")
     (source / "metadata.jsonl").write_text('{"image": "gone.png", "text": "x"}\n{broken\n')
@@ -228,13 +222,21 @@ def test_a_source_that_cannot_be_packed_says_what_is_expected(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_halfway_leaves_nothing_behind(tmp_path):
+def test_an_image_that_vanishes_halfway_leaves_nothing_under_the_final_name(tmp_path, monkeypatch):
     source = write_source(tmp_path / "source", captioned(3))
-    rows, _ = read_rows(str(source))
-    (source / "images/2.png").unlink()
-    with pytest.raises(FileNotFoundError):
-        write_set(str(tmp_path / "out"), rows, shard_samples=1, templates=[])
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    look = rows.look_at_rows
+
+    def look_and_remove(*arguments):
+        seen = look(*arguments)
+        (source / "images/2.png").unlink()
+        return seen
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"2\.png cannot be read any more"):
+        patch.setattr(module, "look_at_rows", look_and_remove)
+        run(source, tmp_path / "out", shard_samples=1)
+    assert not (tmp_path / "out").exists()
+    assert counts(run(source, tmp_path / "out", shard_samples=1), "samples") == {"train": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_images_keep_their_bytes_and_take_the_extension_of_their_content(tmp_path):

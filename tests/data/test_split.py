@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import pairs, write_shards, write_tar
+from shards import list_shards, pairs, write_shards, write_tar
 
 from clipft.config import DataConfig
-from clipft.data.index import Samples, index_shards, load_index
-from clipft.data.manifest import write_manifest
+from clipft.data.index import Samples, index_shards
 from clipft.data.split import expand_shards, find_shards, hold_out, load_splits
 
 
@@ -26,8 +25,7 @@ def packed(folder: Path) -> dict[str, list[Path]]:
         "val": [Path(write_tar(folder / "val-000.tar", pairs(10, 3)))],
         "test": [Path(write_tar(folder / "test-000.tar", pairs(13, 2)))],
     }
-    num_samples = {path.name: len(load_index(path).keys) for paths in shards.values() for path in paths}
-    write_manifest(folder, folder.name, shards, num_samples)
+    list_shards(folder, shards)
     return shards
 
 

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shards import jpeg, pairs, write_shards, write_tar
+from shards import jpeg, list_shards, pairs, write_shards, write_tar
 
 from clipft.cli import main
 from clipft.config import DataConfig, VerifyConfig
 from clipft.data import look as look_module
 from clipft.data import progress
 from clipft.data.index import index_places, load_index
-from clipft.data.manifest import write_manifest
 from clipft.data.verify import Report, describe, refuse, summed, verify
 
 
@@ -23,8 +22,7 @@ def packed(folder: Path) -> Path:
     """A set of 5 + 4 training and 3 test samples with shards.json and stored indexes."""
     train = [Path(path) for path in write_shards(folder, 5, 4, prefix="train-")]
     shards = {"train": train, "test": [Path(write_tar(folder / "test-000.tar", pairs(9, 3)))]}
-    num_samples = {path.name: len(load_index(path).keys) for paths in shards.values() for path in paths}
-    write_manifest(folder, folder.name, shards, num_samples)
+    list_shards(folder, shards)
     return folder
 
 

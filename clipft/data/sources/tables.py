@@ -1,0 +1,170 @@
+"""Rows of tables of any kind -> rows of a source: columns chosen, paths resolved, splits named."""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from clipft.data.sample import BadSample
+from clipft.data.sources.columns import URL, Columns, captions_in_cell, choose, label_in_cell
+from clipft.data.sources.paths import PROBED, Base, find_base, resolve
+from clipft.data.sources.row import Ask, Bad, Raw, Row, Source, columns_json
+from clipft.data.split import SPLIT_OF
+
+HEAD = 1000  # rows by which columns are chosen
+READ_BY_OTHERS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "json", "parquet": "parquet"}
+"""Suffix -> what img2dataset calls such a table."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table of a source, and the split that its name or folder says."""
+
+    path: Path
+    split: str | None = None
+
+
+Read = Callable[[Path], Iterator[Raw | Bad]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of one part become rows of the source."""
+
+    columns: Columns
+    base: Base
+    split: str | None
+    several: bool
+    """Whether there are other parts: numbers of rows then need the name of theirs."""
+    item: str
+
+
+def table_source(ask: Ask, kind: str, parts: list[Part], read: Read, item: str, captioned: bool = False) -> Source:
+    """The source whose tables `read` gives the rows of; `item` is what these are numbered by, a line or a row."""
+    num_rows = max(PROBED, HEAD // len(parts))
+    heads = {part: list(itertools.islice(read(part.path), num_rows)) for part in parts}
+    raws = [row for head in heads.values() for row in head if isinstance(row, Raw)]
+    columns = choose(ask.columns, raws, ask.source, captioned) if raws else Columns(None, (), None, None)
+    refuse_urls(ask, columns, raws, parts[0].path)
+    plans = []
+    for part, head in heads.items():
+        names = [raw.values.get(columns.image) for raw in head if isinstance(raw, Raw) and columns.image is not None]
+        base = find_base(part.path, Path(ask.source).expanduser(), ask.root, names)
+        plans.append(Plan(columns, base, part.split, len(parts) > 1, item))
+    names = f" in {parts[0].path.name}" if len(parts) == 1 else f" in {len(parts)} files"
+    return Source(
+        name=ask.source,
+        said=f"read as: {kind}{names}, columns {columns}{said_of_splits(parts)}{said_of_base(plans[0].base, ask)} "
+        "(override with columns.image=... columns.caption=... columns.label=... format=...)",
+        rows=partial(table_rows, parts, plans, read),
+        table="" if len(parts) > 1 else f"{parts[0].path.name} {item}",
+        limit=None if ask.root is not None else plans[0].base.limit,
+        hints=hints(plans[0].base, ask.root),
+    )
+
+
+def said_of_splits(parts: list[Part]) -> str:
+    splits = list(dict.fromkeys(part.split for part in parts if part.split))
+    return f", splits {' '.join(splits)} by name" if splits else ""
+
+
+def said_of_base(base: Base, ask: Ask) -> str:
+    return f", images in {base.start}" if base.start != base.table and ask.root is None else ""
+
+
+def hints(base: Base, root: str | None) -> dict[str, str]:
+    return {
+        "image_missing": f"paths start from {base.start}" + (", root=FOLDER names another" if root is None else ""),
+        "image_outside_source": f"no path may leave {base.limit}"
+        + (" and no link lead out of it; root=FOLDER names a wider one and allows links" if root is None else ""),
+        "image_url": "img2dataset downloads images; give it the rows with addresses",
+        "wrong_number_of_columns": "a delimiter inside a cell needs quotes around the cell",
+        "bad_quotes": "a quote is not closed or not doubled; csv.quotes=false reads quotes as letters",
+        "bad_utf8": "csv.encoding=cp1252 or another reads tables that are not UTF-8",
+    }
+
+
+def table_rows(parts: list[Part], plans: list[Plan], read: Read) -> Iterator[Row | Bad]:
+    for part, plan in zip(parts, plans, strict=True):
+        for raw in read(part.path):
+            if plan.several and isinstance(raw.where, int):
+                raw.where = f"{part.path.parent.name}/{part.path.name} {plan.item} {raw.where}"
+            yield raw if isinstance(raw, Bad) else to_row(raw, plan)
+
+
+def to_row(raw: Raw, plan: Plan) -> Row | Bad:
+    """The row as the columns say; what nothing can be learnt from is a Bad."""
+    columns, values = plan.columns, raw.values
+    split = plan.split or (split_name(values.get(columns.split)) if columns.split is not None else None)
+    try:
+        image, name = raw.image, None
+        if image is None:
+            image, name = resolve(plan.base, values.get(columns.image or ""))
+        captions = [text for column in columns.captions for text in captions_in_cell(values.get(column))]
+        captions = captions or raw.captions
+        label = raw.label
+        if label is None and columns.label is not None:
+            label = label_in_cell(values.get(columns.label))
+        if not captions and label is None:
+            raise BadSample("no_caption_or_label")
+        return Row([raw.where], image, captions, label, split, columns_json(renamed(values, columns, name), captions))
+    except BadSample as bad:
+        return Bad(raw.where, bad.reason, split)
+
+
+def renamed(values: dict[str, Any], columns: Columns, name: str | None) -> dict[str, Any]:
+    """The columns beside the captions; image, label and split under these names where no other column has them."""
+    known = {columns.image: "image", columns.label: "label", columns.split: "split"}
+    taken = values.keys() - known.keys()
+    rest = {}
+    for column, value in values.items():
+        if column in columns.captions or column == "captions":
+            continue
+        if column == columns.image and name is not None:
+            value = name
+        new = known.get(column, column)
+        rest[column if new in taken else new] = value
+    return rest
+
+
+def split_name(value: Any) -> str | None:
+    """The split that a cell or a name says; dev and the like are val, other names stay, blank is none."""
+    text = "" if value is None or value != value else str(value).strip().lower()
+    return SPLIT_OF.get(text) or re.sub(r"[^a-z0-9_]+", "-", text).strip("-")[:60] or None
+
+
+def split_in(name: str) -> str | None:
+    """The only split that is a word of a file's name ("val-00000-of-00002", "captions_train2017"); else None."""
+    words = [re.sub(r"[0-9]+$", "", word) for word in re.split(r"[-_. ]", name.lower())]
+    found = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+    return found.pop() if len(found) == 1 else None
+
+
+def refuse_urls(ask: Ask, columns: Columns, raws: list[Raw], table: Path) -> None:
+    """Raises with the command that downloads the images where the table has addresses in place of them."""
+    values = [raw.values.get(columns.image) for raw in raws] if columns.image is not None else []
+    urls = [value for value in values if isinstance(value, str) and URL.match(value.strip())]
+    if not urls or len(urls) < len(values) / 2:
+        return
+    folder = os.path.splitext(table)[0] + "-downloaded"
+    words = ["img2dataset", "--url_list", shell(str(table)), "--url_col", shell(str(columns.image))]
+    words += ["--input_format", READ_BY_OTHERS.get(table.suffix.lower().lstrip("."), "csv")]
+    words += ["--caption_col", shell(columns.captions[0])] if columns.captions else []
+    kept = [column for column in (columns.label, columns.split) if column]
+    words += ["--save_additional_columns", f"'{json.dumps(kept)}'"] if kept else []
+    words += ["--output_format", "webdataset", "--output_folder", shell(folder)]
+    words += ["--image_size", "512", "--resize_mode", "keep_ratio", "--resize_only_if_bigger", "True"]
+    raise ValueError(
+        f"source={ask.source!r}: column {columns.image} has addresses ({urls[0].strip()[:80]}), and packing reads "
+        "files. Download the images first, then pack what arrives:\n"
+        f"pip install img2dataset\n{' '.join(words)}\nclipft data pack source={shell(folder)} out=OUT"
+    )
+
+
+def shell(word: str) -> str:
+    return word if re.fullmatch(r"[\w./:@-]+", word) else "'" + word.replace("'", "'\\''") + "'"
