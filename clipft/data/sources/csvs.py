@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,6 +94,29 @@ def is_text(text: str) -> bool:
     return "\0" not in text
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The first rows, cut in one of the possible ways."""
+
+    delimiter: str
+    quotes: bool
+    rows: list[list[str]]
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that have not as many cells as the first."""
+        return sum(not row or len(row) != len(self.rows[0]) for row in self.rows)
+
+    @property
+    def is_table(self) -> bool:
+        regular = 1 - self.num_bad / len(self.rows) >= LEAST_SHARE
+        return len(self.rows[0]) > 1 and (regular or known_cells(self.rows[0]) > 1)
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        return known_cells(self.rows[0]), -self.num_bad / len(self.rows)
+
+
 def find_dialect(ask: Ask, path: Path) -> Dialect:
     """The dialect in which the first rows have equally many columns, and a header that we know, or an image name."""
     given = ask.csv
@@ -103,36 +125,35 @@ def find_dialect(ask: Ask, path: Path) -> Dialect:
     quotings = [True, False] if given.quotes is None else [given.quotes]
     if not text.strip():
         return Dialect(delimiters[0], quotings[0], encoding, (), True, False)
-    found: dict[str, tuple[int, float, bool, list[list[str]]]] = {}
-    for delimiter, quotes in itertools.product(delimiters, quotings):
-        rows = parse(text, delimiter, quotes)
-        share, width = regularity(rows)
-        if width > 1 and share >= LEAST_SHARE and share > found.get(delimiter, (0, 0.0))[1]:
-            found[delimiter] = (known_cells(rows[0]), share, quotes, rows)
+    cuts = []
+    for delimiter in delimiters:
+        cut = [Cut(delimiter, quotes, parse(text, delimiter, quotes)) for quotes in quotings]
+        cuts.append(min(cut, key=lambda each: (not each.is_table, each.num_bad)))  # of equal ones with quotes
+    found = [cut for cut in cuts if cut.is_table]
     if not found:
         raise ValueError(
             f"{path} does not look like a table: no comma, tab, semicolon or bar cuts its first lines into equally "
             "many columns. Expected a line per row such as a.jpg,a red ball; or say csv.delimiter= and csv.quotes=."
         )
-    best = max(entry[:2] for entry in found.values())
-    equal = [delimiter for delimiter, entry in found.items() if entry[:2] == best]
-    if path.suffix.lower() == ".tsv" and "\t" in equal:
-        equal = ["\t"]
-    if len(equal) > 1:
-        choices = " or ".join(f"csv.delimiter='{'tab' if delimiter == chr(9) else delimiter}'" for delimiter in equal)
+    best = [cut for cut in found if cut.rank == max(each.rank for each in found)]
+    if path.suffix.lower() == ".tsv":
+        best = [cut for cut in best if cut.delimiter == "\t"] or best
+    if len(best) > 1:
+        names = ["tab" if cut.delimiter == "\t" else cut.delimiter for cut in best]
+        choices = " or ".join(f"csv.delimiter='{name}'" for name in names)
         raise ValueError(f"{path} can be cut in several ways. Decide: {choices}.")
-    _, _, quotes, rows = found[equal[0]]
-    return with_header(path, equal[0], quotes, encoding, rows)
+    return with_header(path, best[0], encoding)
 
 
-def with_header(path: Path, delimiter: str, quotes: bool, encoding: str, rows: list[list[str]]) -> Dialect:
+def with_header(path: Path, cut: Cut, encoding: str) -> Dialect:
+    rows = cut.rows
     has_header = not any(IMAGE_NAME.search(cell.strip()) or URL.match(cell.strip()) for cell in rows[0])
     names = [cell.strip() for cell in rows[0]] if has_header else [str(n) for n in range(1, len(rows[0]) + 1)]
     numbered = not has_header and all("#" in row[0] and IMAGE_NAME.search(row[0]) for row in rows if row)
     twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
     if twice:
         raise ValueError(f"{path}: column {twice[0]!r} stands twice in the header. Give each column a name of its own.")
-    return Dialect(delimiter, quotes, encoding, tuple(names), has_header, numbered)
+    return Dialect(cut.delimiter, cut.quotes, encoding, tuple(names), has_header, numbered)
 
 
 def head_of(path: Path, given: CsvConfig) -> tuple[str, str]:
@@ -152,18 +173,13 @@ def parse(text: str, delimiter: str, quotes: bool) -> list[list[str]]:
         try:
             row = next(reader, None)
         except csv.Error:
-            row = ["a row whose quotes are broken"]
+            rows.append([])
+            continue
         if row is None:
             break
         if row:
             rows.append(row)
     return rows or [[]]
-
-
-def regularity(rows: list[list[str]]) -> tuple[float, int]:
-    """The share of rows that have as many cells as the first, and that number."""
-    width = len(rows[0])
-    return sum(len(row) == width for row in rows) / len(rows), width
 
 
 def known_cells(row: list[str]) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 
 from clipft.data.caption import caption_list, parse_json, read_utf8
 from clipft.data.sample import IMAGE_KINDS, BadSample
-from clipft.data.sources.paths import is_inside, real
+from clipft.data.sources.paths import is_inside
 from clipft.data.sources.row import Ask, Bad, Raw, Source
 from clipft.data.sources.tables import Part, split_name, table_source
-from clipft.data.split import SPLIT_OF, natural
+from clipft.data.split import SPLIT_OF, counted, natural
 
 TEXTS = (".json", ".txt")
 NOT_NAMED = (".DS_Store", "Thumbs.db", "desktop.ini")
@@ -46,7 +46,7 @@ def walk(folder: Path, trusted: bool) -> Tree:
             path = f"{inner}/{entry.name}" if inner else entry.name
             if entry.name.startswith((".", "__MACOSX")) or entry.name in NOT_NAMED:
                 continue
-            if entry.is_symlink() and not trusted and not is_inside(os.path.realpath(entry.path), real(limit)):
+            if entry.is_symlink() and not trusted and not is_inside(os.path.realpath(entry.path) + "/", limit):
                 tree.outside.append(path)
             elif entry.is_dir():
                 waiting.append(path)
@@ -107,7 +107,7 @@ def described(ask: Ask, tree: Tree, kind: str, splits: dict[str, str], read: Any
     other = "classes" if kind == "pairs" else "pairs"
     return Source(
         name=source.name,
-        said=f"read as: {text}, {len(tree.images):,} images (override with format={other} or another)",
+        said=f"read as: {text}, {counted(len(tree.images), 'image')} (override with format={other} or another)",
         rows=source.rows,
         limit=None if ask.root is not None else str(tree.folder),
         hints={"image_outside_source": f"a link leads out of {tree.folder}; root={ask.source} allows it"},

@@ -90,7 +90,6 @@ def columns_json(values: dict[str, Any], captions: list[str]) -> str:
     text = json.dumps(values, ensure_ascii=False, default=str)
     try:
         text.encode()
-        "".join(captions).encode()
     except UnicodeEncodeError as error:  # lone surrogates from JSON escapes
         raise BadSample("bad_utf8") from error
     return text

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clipft.data.caption import encodable, is_visible
 from clipft.data.sample import BadSample
 from clipft.data.sources.columns import URL, Columns, captions_in_cell, choose, label_in_cell
 from clipft.data.sources.paths import PROBED, Base, find_base, resolve
@@ -106,7 +107,8 @@ def to_row(raw: Raw, plan: Plan) -> Row | Bad:
         if image is None:
             image, name = resolve(plan.base, values.get(columns.image or ""))
         captions = [text for column in columns.captions for text in captions_in_cell(values.get(column))]
-        captions = captions or raw.captions
+        captions = [encodable(caption, "strict") for caption in captions or raw.captions]
+        captions = [caption for caption in captions if is_visible(caption)]
         label = raw.label
         if label is None and columns.label is not None:
             label = label_in_cell(values.get(columns.label))
