@@ -66,9 +66,16 @@ def claim(folder: Path) -> IO[str]:
         with suppress(FileNotFoundError):
             file = (folder / "lock").open("w")
             wait_for_lock(file, folder)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+            if is_at(file, folder / "lock"):
                 return file
             file.close()
+
+
+def is_at(file: IO[str], path: Path) -> bool:
+    """Whether this is the file of that name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def wait_for_lock(file: IO[str], folder: Path) -> None:
