@@ -35,7 +35,7 @@ python train.py model=ViT-L-14 model.pretrained=laion2b_s32b_b82k data=mydata tr
 python train.py model=ViT-B-32 data=mydata trainer.devices=8 name=eight
 python train.py model=runs/flickr8k data=emoji         fine-tune the best weights of an earlier run
 python train.py model=ViT-B-32 'data.train="shards/{000..059}.tar"' data.val=shards/val logger=wandb
-clipft data pack source=FOLDER out=data/mydata         images with metadata.jsonl -> shards
+clipft data pack source=FOLDER out=data/mydata         images with captions or labels, in any usual form -> shards
 clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot numbers
 clipft export run=runs/emoji                           a folder that open_clip loads"""
 
@@ -48,6 +48,20 @@ python train.py -m hydra/sweeper=optuna 'optim.lr=tag(log, interval(1e-6, 1e-4))
 MODELS = "models"
 MODELS_DOC = "list the architectures with the tags of their weights; `clipft models WORD ...` those with the words"
 
+PACKING = """\
+What source= may be is found out by looking and said in the first line (data/README.md has more of it)
+source=FOLDER                       images and metadata.jsonl or metadata.csv, or one table, or what save_to_disk wrote
+source=FOLDER                       images with texts of the same name: 1.jpg, 1.txt (a caption per line) or 1.json
+source=FOLDER                       a folder per class, below train/ val/ test/ where there are splits: train/cat/1.jpg
+source=FOLDER                       WebDataset tars, also those of img2dataset
+source=captions.csv root=IMAGES     CSV, TSV, JSONL, JSON (also COCO captions), Flickr's captions.txt or token.txt
+source='data/*.parquet'             Parquet, with paths of images or the images themselves
+
+clipft data pack source=photos out=data/mydata split.val=0.05            hold out images, look-alikes on one side
+clipft data pack source=table.csv out=data/mydata columns.caption=title  say which of two columns it is
+clipft data pack source=photos out=data/mydata image.max_size=512        scale large photos down
+clipft data pack source=classes out=data/mydata captions_from_labels=true templates=openai"""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -56,6 +70,8 @@ class Command:
     """Primary config in conf/; its schema is stored as <conf>_schema."""
     job: Callable[[Any], int]
     doc: str
+    more: str = EXAMPLES
+    """What its help shows before the options."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,12 +112,14 @@ def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
 def help_text(name: str | None) -> str:
     docs = {each: command.doc for each, command in COMMANDS.items()} | {MODELS: MODELS_DOC}
     commands = "\n".join(f"  clipft {each:<11} {doc}" for each, doc in docs.items())
-    text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\nExamples\n{EXAMPLES}\n\n"
-    schema = COMMANDS[name or "train"].schema
+    command = COMMANDS[name or "train"]
+    examples = f"Examples\n{EXAMPLES}" if command.more == EXAMPLES else command.more
+    text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\n{examples}\n\n"
     groups = (f"{group}={'|'.join(yaml_names(group))}" for group in ("tune", "experiment"))
-    text += "  ".join([f"Groups: data={'|'.join(yaml_names('data'))}|FOLDER", *groups]) + "\n"
-    text += f"Options of clipft {name or 'train'}, written key=value (type, default)\n{options_text(schema)}"
-    if schema is not Config:
+    if any(option.key.startswith("data.") for option in options_of(command.schema)):
+        text += "  ".join([f"Groups: data={'|'.join(yaml_names('data'))}|FOLDER", *groups]) + "\n"
+    text += f"Options of clipft {name or 'train'}, written key=value (type, default)\n{options_text(command.schema)}"
+    if command.schema is not Config:
         return text
     sweepers = [f"Options of hydra/sweeper={each}\n{options_text(SWEEPERS[each], SWEEPER)}" for each in SWEEPERS]
     return "\n\n".join([text, SWEEPS, *sweepers])
@@ -279,6 +297,6 @@ COMMANDS = {
     "train": Command(Config, "train", train, "fine-tune a model; what train.py runs"),
     "evaluate": Command(EvaluateConfig, "evaluate", evaluate, "measure a model on a data set"),
     "export": Command(ExportConfig, "export", export, "write a run's weights as files that open_clip loads"),
-    "data pack": Command(PackConfig, "pack", pack, "write WebDataset shards from a folder"),
+    "data pack": Command(PackConfig, "pack", pack, "write WebDataset shards from what you have", PACKING),
     "data verify": Command(VerifyConfig, "verify", verify, "read a data set whole: is it as it was written"),
 }

@@ -313,10 +313,37 @@ def test_an_accelerator_that_is_not_there_is_refused():
             choose_device(name, 0)
 
 
+PACKING = {
+    "source": "test_captions_and_splits_are_those_of_the_set_whatever_its_form",
+    "out": "test_packing_twice_gives_the_same_bytes_and_changes_nothing",
+    "format": "test_few_texts_among_images_in_folders_are_not_decided_by_clipft",
+    "root": "test_a_root_that_the_user_names_may_be_wider",
+    "columns.image": "test_the_user_decides",
+    "columns.caption": "test_the_user_decides",
+    "columns.label": "test_the_user_decides",
+    "columns.split": "test_the_user_decides",
+    "csv.delimiter": "test_the_user_overrides_what_was_found",
+    "csv.quotes": "test_the_user_overrides_what_was_found",
+    "csv.encoding": "test_marks_tell_the_encoding_and_the_user_tells_others",
+    "split.val": "test_the_shares_are_those_asked_for",
+    "split.test": "test_the_shares_are_those_asked_for",
+    "split.by": "test_by_caption_equal_texts_stay_together_too",
+    "split.near": "test_images_that_look_the_same_stay_together_unless_the_user_says_no",
+    "image.max_size": "test_larger_images_are_scaled_to_the_shorter_side_and_others_keep_their_bytes",
+    "image.quality": "test_a_scaled_image_is_upright_and_lower_quality_is_smaller",
+    "captions_from_labels": "test_labels_become_captions_by_templates_where_there_are_none",
+    "templates": "test_labels_become_captions_by_templates_where_there_are_none",
+    "shard_samples": "test_shards_are_balanced_and_keep_the_order_of_the_rows",
+    "workers": "test_the_number_of_processes_changes_no_byte",
+}
+
+
 def test_the_other_commands_have_no_option_without_a_test():
     """Their options are read in tests/test_commands.py and data/test_verify.py; this list has to grow with them."""
     assert {option.key for option in options_of(ExportConfig)} == {"run", "checkpoint", "out"}
-    assert {option.key for option in options_of(PackConfig)} == {"source", "out", "shard_samples", "templates"}
+    assert {option.key for option in options_of(PackConfig)} == set(PACKING)
+    tests = "".join(path.read_text() for path in (Path(__file__).parent / "data").rglob("test_*.py"))
+    assert all(f"def {name}" in tests for name in PACKING.values())
     assert {option.key for option in options_of(VerifyConfig) if "." not in option.key} == {"decode", "out"}
     sweep = {"n_trials", "n_jobs", "sampler", "pruner", "n_startup_trials", "seed", "params"}  # tests/sweep
     assert {option.key for option in options_of(SearchConfig)} == sweep

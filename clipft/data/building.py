@@ -46,6 +46,9 @@ def building(out: str) -> Iterator[Building]:
         except ValueError:
             shutil.rmtree(place.place, ignore_errors=True)
             raise
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on with what is not finished", file=sys.stderr, flush=True)
+            raise
         shutil.rmtree(place.place, ignore_errors=True)
 
 

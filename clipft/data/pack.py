@@ -1,6 +1,7 @@
 """A source of any kind -> WebDataset shards with their indexes and shards.json."""
 
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -70,6 +71,7 @@ def pack(config: PackConfig) -> Report:
         near = find_near(config.split, seen)
         splits = draw_splits(config.split, rows.usable, seen, near)
         shared = find_shared(rows.usable, splits, seen, near) if deep else {}
+        tell_drawn(rows.usable, splits)
         kinds = [KINDS[kind] for kind in seen["kind"].tolist()]
         parts = cut(rows.usable, splits, kinds, config.shard_samples)
         packed = fill(place, config.out, parts, config.image, templates, rows.dropped, shared, workers)
@@ -102,6 +104,14 @@ def add_label_captions(rows: list[Row], templates: list[str]) -> None:
     for row in rows:
         if row.label is not None and not row.captions:
             row.captions = [template.replace("{c}", row.label) for template in templates]
+
+
+def tell_drawn(rows: list[Row], splits: list[str]) -> None:
+    """Writes the split that was drawn into the column that names another one."""
+    for row, split in zip(rows, splits, strict=True):
+        if split != (row.split or "train") and '"split"' in row.rest:
+            values = json.loads(row.rest)
+            row.rest = json.dumps({**values, "split": split} if "split" in values else values, ensure_ascii=False)
 
 
 def cut(rows: list[Row], splits: list[str], kinds: list[str], shard_samples: int) -> dict[str, list[Shard]]:

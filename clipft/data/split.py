@@ -26,7 +26,7 @@ CLASSNAMES = "classnames.txt"  # both files as CLIP_benchmark lays them out
 TEMPLATES = "zeroshot_classification_templates.txt"
 HOW = (
     "Put shards there (tars such as train-000.tar with key.jpg and key.txt or key.json), or make them from "
-    "a folder with images and metadata.jsonl: clipft data pack source=FOLDER out={out}"
+    "images with captions or labels: clipft data pack source=FOLDER out={out}"
 )
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -5,7 +6,8 @@ import pytest
 from forms import bytes_of, read, run
 from PIL import Image
 
-from clipft.config import DataConfig
+from clipft.cli import main
+from clipft.config import DataConfig, DrawConfig
 from clipft.data import pack as module
 from clipft.data import rows
 from clipft.data.caption import captions_of
@@ -245,3 +247,64 @@ def test_images_keep_their_bytes_and_take_the_extension_of_their_content(tmp_pat
     run(source, tmp_path / "out")
     [sample] = read(tmp_path / "out")
     assert sample["jpg"] == (source / "images/wrong.gif").read_bytes()
+
+
+def test_labels_become_captions_by_templates_where_there_are_none(tmp_path):
+    rows = [{"image": "images/0.png", "label": "cat"}, {"image": "images/1.png", "label": "dog", "text": "a wet dog"}]
+    source = write_source(tmp_path / "source", rows)
+    templates = ["a photo of a {c}.", "art of the {}."]
+    report = run(source, tmp_path / "out", captions_from_labels=True, templates=templates)
+    cat, dog = read(tmp_path / "out")
+    assert cat["txt"] == b"a photo of a cat.\nart of the cat.\n" and dog["txt"] == b"a wet dog\n"
+    assert json.loads(cat["json"])["label"] == "cat" and (cat["cls"], dog["cls"]) == (b"0", b"1")
+    assert "loss.positives=group loss.group=label" in describe(report)
+    run(source, tmp_path / "openai", captions_from_labels=True, templates="openai")
+    captions = read(tmp_path / "openai")[0]["txt"].decode().splitlines()
+    assert len(set(captions)) == 80 and "a bad photo of a cat." in captions
+    lines = (tmp_path / "openai/zeroshot_classification_templates.txt").read_text().splitlines()
+    assert [line.replace("{c}", "cat") for line in lines] == captions
+    with pytest.raises(ValueError, match="captions_from_labels=true: the source has no labels"):
+        run(write_source(tmp_path / "plain", captioned(2)), tmp_path / "none", captions_from_labels=True)
+
+
+def test_shards_json_has_totals_and_what_was_dropped_and_shared(tmp_path):
+    rows = [*captioned(6), *captioned(4, "val", 6)]
+    rows[7]["image"] = "images/gone.jpg"
+    source = write_source(tmp_path / "source", [*rows, {"image": None, "captions": "x"}])
+    (source / "images/9.png").write_bytes((source / "images/0.png").read_bytes())
+    report = run(source, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/shards.json").read_text())
+    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
+    assert (train["samples"], train["captions"], train["dropped"]) == (6, 12, {})
+    assert (val["samples"], val["captions"], val["dropped"]) == (3, 6, {"image_missing": 1})
+    assert manifest["dropped"] == {"no_image": 1, "image_missing": 1}
+    assert manifest["shared"]["train/val"]["images"] == 1
+    assert "val: 1 image also in train, 0 more look like one of train, such as 000010-9 and 000001-0" in describe(
+        report
+    )
+    for shard in train["shards"]:
+        raw = (tmp_path / "out" / shard["name"]).read_bytes()
+        assert (len(raw), hashlib.sha256(raw).hexdigest()) == (shard["bytes"], shard["sha256"])
+
+
+def test_a_drawn_split_says_so_in_the_shards_too(tmp_path):
+    rows = [{"image": f"images/{i}.png", "text": str(i), "split": "train"} for i in range(20)]
+    run(write_source(tmp_path / "source", rows), tmp_path / "out", split=DrawConfig(val=0.2))
+    found = [json.loads(sample["json"])["split"] for sample in read(tmp_path / "out", "val-*.tar")]
+    assert found == ["val"] * 4
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_the_command_line_takes_odd_names(tmp_path, drawn, capsys):
+    folder = tmp_path / "my photos, 2024"
+    write_source(folder, captioned(4))
+    rows = ["my image;the text; kind #1", *(f"images/{i}.png;text {i};a" for i in range(4))]
+    (folder / "table (1).csv").write_text("\n".join(rows))
+    (folder / "metadata.jsonl").unlink()
+    arguments = [f"source={folder}/table (1).csv", f"out={tmp_path}/out", "columns.image=my image", "csv.delimiter=;"]
+    arguments += ["columns.caption=[the text]", "columns.label=kind #1", "workers=0"]
+    arguments += ["split.val=0.5", "split.by=label"] if drawn else []
+    assert main(["data", "pack", *arguments]) == (2 if drawn else 0)
+    said = capsys.readouterr()
+    assert "CSV, semicolon in table (1).csv, columns image=my image caption=the text label=kind #1" in said.out
+    assert ("in 1 groups by label, is none" in said.err) == drawn

@@ -52,7 +52,7 @@ def choose(given: ColumnsConfig, head: list[Raw], name: str, captioned: bool = F
     if image is None and not any(raw.image is not None for raw in head):
         image = find_image(values, name)
     taken = {image, given.label, given.split}
-    captions = tuple(given.caption or find_captions({c: v for c, v in values.items() if c not in taken}, name))
+    captions = tuple(given.caption or find_captions(head, [c for c in values if c not in taken], name))
     captions = () if captions == ("none",) else captions
     taken |= set(captions)
     free = {column: found for column, found in values.items() if column not in taken}
@@ -137,13 +137,17 @@ def all_are(values: Iterable[Any], test: Callable[[Any], bool]) -> bool:
     return bool(passed) and sum(passed) >= 0.9 * len(passed)
 
 
-def find_captions(values: dict[str, list[Any]], name: str) -> list[str]:
-    named = [c for c in values if plain(c) in CAPTIONS and any(captions_in_cell(value) for value in values[c])]
-    numbered = [column for column in values if NUMBERED.fullmatch(plain(column))]
+def find_captions(head: list[Raw], columns: list[str], name: str) -> list[str]:
+    """The column with captions, all numbered ones, or several of which no row uses more than one."""
+    numbered = [column for column in columns if NUMBERED.fullmatch(plain(column))]
+    known = [column for column in columns if plain(column) in CAPTIONS]
+    used = [[column for column in known if captions_in_cell(raw.values.get(column))] for raw in head]
+    named = [column for column in known if any(column in each for each in used)]
     if named and numbered:
         only("caption", [*named, f"[{','.join(numbered)}]"], name)
-    found = only("caption", named, name)
-    return [found] if found else numbered
+    if any(len(each) > 1 for each in used):
+        only("caption", named, name)
+    return named or numbered
 
 
 def find_label(values: dict[str, list[Any]], name: str, captioned: bool) -> str | None:

@@ -41,6 +41,8 @@ def open_source(ask: Ask) -> Source:
     path = Path(ask.source).expanduser()
     if path.is_dir():
         return open_folder(ask, path)
+    if ask.format == "tars" or (ask.format is None and path.suffix == ".tar"):
+        return tar_source(ask, path)
     files = [path] if path.is_file() else pattern_files(ask.source)
     if not files:
         if re.match(r"[a-z0-9+]+://", ask.source):
@@ -48,8 +50,6 @@ def open_source(ask: Ask) -> Source:
                 f"source={ask.source!r}: sources are read from local files. Download it and give its path."
             )
         raise ValueError(f"source={ask.source!r} does not exist. Expected {KINDS}. {nearest(path)}")
-    if ask.format == "tars" or (ask.format is None and files[0].suffix == ".tar"):
-        return tar_source(ask, path)
     return open_tables(ask, parts_of(files), ask.format)
 
 

@@ -58,6 +58,11 @@ def test_two_columns_that_fit_equally_well_are_an_error_with_the_choices(tmp_pat
     assert says in str(error.value)
 
 
+def test_columns_of_which_no_row_uses_two_are_captions_together(tmp_path: Path):
+    rows = [{"image": "0.jpg", "caption": "a"}, {"image": "1.jpg", "caption": "", "title": "b"}]
+    assert [row.captions for row in source_of(tmp_path, rows).rows() if isinstance(row, Row)] == [["a"], ["b"]]
+
+
 def test_a_column_without_values_is_no_candidate(tmp_path: Path):
     rows = [{"image": "0.jpg", "path": None, "caption": "a", "title": ""}]
     assert only_row(source_of(tmp_path, rows)).captions == ["a"]
