@@ -12,7 +12,7 @@ from clipft.config import DrawConfig
 from clipft.data.alike import Pairs, components, near_pairs, same_value
 from clipft.data.caption import caption_id, group_id
 from clipft.data.sources.row import Row
-from clipft.data.split import SPLITS
+from clipft.data.split import ordered
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,3 @@ def partners(pairs: Pairs, split: np.ndarray) -> dict[tuple[int, int], dict[int,
         if split[low] != split[high]:
             found.setdefault((int(split[low]), int(split[high])), {}).setdefault(high, low)
     return found
-
-
-def ordered(names: set[str]) -> list[str]:
-    """Splits in their order: train, val and test first, then the others by name."""
-    return [split for split in SPLITS if split in names] + sorted(names - set(SPLITS))

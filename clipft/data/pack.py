@@ -13,7 +13,7 @@ import numpy as np
 
 from clipft.config import ImageConfig, PackConfig
 from clipft.data.building import Building, building, move_into_place
-from clipft.data.draw import Shared, check_draw, draw_splits, find_near, find_shared, ordered, wants_looks
+from clipft.data.draw import Shared, check_draw, draw_splits, find_near, find_shared, wants_looks
 from clipft.data.fingerprint import KINDS
 from clipft.data.manifest import MANIFEST, write_manifest
 from clipft.data.prompts import templates_of
@@ -21,7 +21,7 @@ from clipft.data.rows import Rows, by_reason, leave_out, look_at_rows, named, re
 from clipft.data.sample import printable
 from clipft.data.sources.recognise import open_source
 from clipft.data.sources.row import Ask, Bad, Row, Source
-from clipft.data.split import CLASSNAMES, TEMPLATES, counted
+from clipft.data.split import CLASSNAMES, TEMPLATES, counted, ordered
 from clipft.data.workers import num_workers
 from clipft.data.write import Shard, Written, write_shards
 from clipft.files import replace_file

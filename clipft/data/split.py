@@ -59,6 +59,11 @@ class Splits:
     """Shards and weight of each source of train, where it has sources with weights."""
 
 
+def ordered(names: set[str]) -> list[str]:
+    """Splits in their order: train, val and test first, then the others by name."""
+    return [split for split in SPLITS if split in names] + sorted(names - set(SPLITS))
+
+
 def natural(path: str) -> list[str | int]:
     """Sort key that puts x-2.tar before x-10.tar."""
     return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", path))]

@@ -13,7 +13,7 @@ from clipft.data.sample import IMAGE_KINDS, BadSample
 from clipft.data.sources.paths import is_inside
 from clipft.data.sources.row import Ask, Bad, Raw, Source
 from clipft.data.sources.tables import Part, split_name, table_source
-from clipft.data.split import SPLIT_OF, counted, natural
+from clipft.data.split import SPLIT_OF, counted, natural, ordered
 
 TEXTS = (".json", ".txt")
 NOT_NAMED = (".DS_Store", "Thumbs.db", "desktop.ini")
@@ -102,7 +102,7 @@ def folder_source(ask: Ask, folder: Path) -> Source:
 def described(ask: Ask, tree: Tree, kind: str, splits: dict[str, str], read: Any) -> Source:
     text = "images with captions in files of the same name" if kind == "pairs" else "a folder per class"
     if splits:
-        text += f", splits {' '.join(dict.fromkeys(splits.values()))} by folder"
+        text += f", splits {' '.join(ordered(set(splits.values())))} by folder"
     source = table_source(ask, text, [Part(tree.folder / "images")], read, "image", captioned=True)
     other = "classes" if kind == "pairs" else "pairs"
     return Source(

@@ -15,7 +15,7 @@ from clipft.data.sample import BadSample
 from clipft.data.sources.columns import URL, Columns, captions_in_cell, choose, label_in_cell
 from clipft.data.sources.paths import PROBED, Base, find_base, resolve
 from clipft.data.sources.row import Ask, Bad, Raw, Row, Source, columns_json
-from clipft.data.split import SPLIT_OF
+from clipft.data.split import SPLIT_OF, ordered
 
 HEAD = 1000  # rows by which columns are chosen
 READ_BY_OTHERS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "json", "parquet": "parquet"}
@@ -57,7 +57,7 @@ def table_source(ask: Ask, kind: str, parts: list[Part], read: Read, item: str, 
         names = [raw.values.get(columns.image) for raw in head if isinstance(raw, Raw) and columns.image is not None]
         base = find_base(part.path, Path(ask.source).expanduser(), ask.root, names)
         plans.append(Plan(columns, base, part.split, len(parts) > 1, item))
-    names = f" in {parts[0].path.name}" if len(parts) == 1 else f" in {len(parts)} files"
+    names = f" in {parts[0].path.name}" if len(parts) == 1 else f" in {len(parts)} parts"
     return Source(
         name=ask.source,
         said=f"read as: {kind}{names}, columns {columns}{said_of_splits(parts)}{said_of_base(plans[0].base, ask)} "
@@ -70,7 +70,7 @@ def table_source(ask: Ask, kind: str, parts: list[Part], read: Read, item: str, 
 
 
 def said_of_splits(parts: list[Part]) -> str:
-    splits = list(dict.fromkeys(part.split for part in parts if part.split))
+    splits = ordered({part.split for part in parts if part.split})
     return f", splits {' '.join(splits)} by name" if splits else ""
 
 

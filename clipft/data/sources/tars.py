@@ -14,8 +14,8 @@ from clipft.data.sample import IMAGE_KINDS, BadSample
 from clipft.data.shard import ShardIndex, scan_shard
 from clipft.data.sources.place import Slice
 from clipft.data.sources.row import Ask, Bad, Raw, Source
-from clipft.data.sources.tables import Part, table_source
-from clipft.data.split import CLASSNAMES, SPLITS, by_prefix, expand_pattern, home_of, natural, read_lines
+from clipft.data.sources.tables import Part, split_name, table_source
+from clipft.data.split import CLASSNAMES, by_prefix, expand_pattern, home_of, natural, ordered, read_lines
 
 NUMBER = re.compile(r"^[0-9]{6,}-")  # that packing put before the name
 
@@ -58,7 +58,12 @@ def shards_of(ask: Ask, path: Path) -> dict[str | None, list[str]]:
     named = {split: names for split, names in by_prefix(path).items() if names}
     known = {name for names in named.values() for name in names}
     plain = sorted((str(shard) for shard in path.glob("*.tar") if str(shard) not in known), key=natural)
-    return {**{split: named[split] for split in SPLITS if split in named}, **({None: plain} if plain else {})}
+    if not named:
+        return {None: plain}
+    found: dict[str | None, list[str]] = {split: named[split] for split in ordered(set(named))}
+    for shard in plain:  # beside shards of splits these are of another one, never training data
+        found.setdefault(split_name(re.split(r"[-_.]", Path(shard).name)[0]), []).append(shard)
+    return found
 
 
 def read_tar(path: Path, indexes: dict[str, ShardIndex], classnames: list[str]) -> Iterator[Raw | Bad]:

@@ -63,7 +63,10 @@ def test_a_format_decides_between_what_a_folder_holds(tmp_path: Path):
 @pytest.mark.parametrize(
     "form, says",
     [
-        (coco, "read as: COCO captions in 3 files, columns image=file_name caption=caption, splits "),
+        (
+            coco,
+            "read as: COCO captions in 3 parts, columns image=file_name caption=caption, splits train val test by name",
+        ),
         (huggingface, "read as: Hugging Face dataset, images in column image"),
         (parquet_with_bytes, "read as: Parquet, images in column image"),
         (tars, "read as: WebDataset shards, 3 tars, splits train val test"),

@@ -98,3 +98,16 @@ def test_of_two_caption_columns_in_json_the_user_chooses(tmp_path: Path):
     ask.columns.caption = ["title"]
     [found] = open_source(ask).rows()
     assert isinstance(found, Row) and found.captions == ["two"]
+
+
+def test_shards_of_another_name_beside_those_of_splits_are_no_training_data(tmp_path: Path):
+    source = tars(tmp_path / "source", ITEMS)
+    for name in ("extra-000.tar", "extra-001.tar"):
+        write_tar(source / name, [(f"{name[8]}.jpg", jpeg(int(name[8]))), (f"{name[8]}.txt", b"x")])
+    report = run(source, tmp_path / "out")
+    assert {split: sum(shard.samples for shard in shards) for split, shards in report.packed.splits.items()} == {
+        "train": 6,
+        "val": 2,
+        "test": 1,
+        "extra": 2,
+    }
