@@ -10,6 +10,7 @@ MOST_BITS, MOST_COLOUR = 7, 10
 differ. JPEG at quality 50, half or twice the size and a squashed shape keep 95 of 100 photos of Flickr8k within that;
 of its 33 million pairs one lies there, the same photo."""
 BANDS = MOST_BITS + 1  # of 16 bits: where 7 bits differ, one of 8 bands does not
+ROWS = 1 << 18  # hashes taken apart into bits at a time: 64 MB
 BLOCK = 1 << 22  # pairs compared at a time: 100 MB
 # Bands are made of bits from all over the hash, or pictures with a white border would all share some of them. Which
 # bits they are decides how many pairs are compared, not which ones are found.
@@ -30,8 +31,7 @@ def near_pairs(hashes: UInt64[np.ndarray, "n 2"], colours: UInt8[np.ndarray, "n 
 
     Compared are those that share a band and have about the same mean colour: the time grows with their number.
     """
-    bits = np.unpackbits(np.ascontiguousarray(hashes).view(np.uint8).reshape(len(hashes), 16), axis=1)[:, SCATTERED]
-    bands = np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint16).astype(np.int64)
+    bands = np.concatenate([bands_of(part) for part in np.array_split(hashes, 1 + len(hashes) // ROWS)])
     # Where no colour differs by more than 10, neither does their mean, which is cut to a whole number.
     mean = colours.sum(axis=1, dtype=np.int64) // colours.shape[1]
     found = [np.zeros((0, 2), np.int64)]
@@ -44,6 +44,11 @@ def near_pairs(hashes: UInt64[np.ndarray, "n 2"], colours: UInt8[np.ndarray, "n 
             found.append(pairs[look_same(hashes, colours, pairs)])
     pairs = np.sort(np.concatenate(found), axis=1)
     return np.unique(pairs, axis=0)
+
+
+def bands_of(hashes: UInt64[np.ndarray, "n 2"]) -> Int64[np.ndarray, "n bands"]:
+    bits = np.unpackbits(np.ascontiguousarray(hashes).view(np.uint8).reshape(len(hashes), 16), axis=1)[:, SCATTERED]
+    return np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint16).astype(np.int64)
 
 
 def blocks(ends: Int64[np.ndarray, " n"]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
