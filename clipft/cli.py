@@ -145,7 +145,7 @@ def compose(command: Command, arguments: list[str]) -> int:
     def job(node: Any) -> None:
         try:
             codes.append(command.job(OmegaConf.to_object(node)))
-        except (ValueError, OmegaConfBaseException) as error:  # Hydra would print its own text before ours
+        except (ValueError, OSError, RunFailed, OmegaConfBaseException) as error:  # Hydra would print its own text too
             errors.append(error)
         if codes and codes[-1] in STOPPED:
             raise KeyboardInterrupt  # what would come after it does not start either
@@ -158,6 +158,8 @@ def compose(command: Command, arguments: list[str]) -> int:
         except KeyboardInterrupt:
             return codes[-1] if codes else 130
     for error in errors:
+        if isinstance(error, OSError | RunFailed):
+            raise error
         raise ValueError(explain(error)) from error
     return max(codes, default=0)
 

@@ -61,19 +61,19 @@ def pooled(
 ) -> list[Result]:
     # Not by fork: it is not safe in a process with threads.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
-    with pool:
-        try:
-            futures = {pool.submit(function, item): size for item, size in zip(items, sizes, strict=True)}
-            for future in finished(futures, progress):
-                future.result()
-                progress.add(futures[future])
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise RunFailed(
-                f"a process that did the reading died; memory may have run out. Use fewer of them: {key}=1"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    try:
+        futures = {pool.submit(function, item): size for item, size in zip(items, sizes, strict=True)}
+        for future in finished(futures, progress):
+            future.result()
+            progress.add(futures[future])
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            f"a process that did the reading died; memory may have run out. Use fewer of them: {key}=1"
+        ) from error
+    finally:
+        # Not by `with pool`, which would do all the rest first.
+        pool.shutdown(cancel_futures=True)
 
 
 def finished(futures: dict[Future[Result], int], progress: Progress) -> Iterator[Future[Result]]:

@@ -16,6 +16,7 @@ import pytest
 from forms import bytes_of, captioned, jsonl, labelled, picture, read, run
 from PIL import Image
 
+from clipft.cli import main
 from clipft.config import DrawConfig, ImageConfig
 from clipft.data import rows, write
 from clipft.data.building import building
@@ -109,7 +110,7 @@ def test_a_finished_shard_is_kept_and_one_of_other_rows_is_written_again(tmp_pat
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "again/out") and not place.exists()
 
 
-def test_a_full_disk_is_named_and_what_is_finished_is_kept(tmp_path: Path, monkeypatch):
+def test_a_full_disk_is_named_and_what_is_finished_is_kept(tmp_path: Path, monkeypatch, capsys):
     source = jsonl(tmp_path / "source", labelled())
     replace = os.replace
 
@@ -122,6 +123,11 @@ def test_a_full_disk_is_named_and_what_is_finished_is_kept(tmp_path: Path, monke
         patch.setattr(os, "replace", full)
         run(source, tmp_path / "out", shard_samples=2)
     assert (tmp_path / ".out.building/set/train-00000.tar").exists() and not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert main(["data", "pack", f"source={source}", f"out={tmp_path}/out", "shard_samples=2", "workers=0"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "No space left" in said and "Error executing job" not in said
     run(source, tmp_path / "out", shard_samples=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
