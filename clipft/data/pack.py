@@ -62,8 +62,8 @@ def pack(config: PackConfig) -> Report:
     print("\n".join([source.said, *source.notes]), flush=True)
     rows = read_rows(source)
     check_draw(config.split, rows.usable)
-    if config.captions_from_labels:
-        add_label_captions(rows.usable, templates)
+    if config.captions_from_labels and not any(row.label is not None for row in rows.usable):
+        raise ValueError("captions_from_labels=true: the source has no labels.")
     with building(config.out) as place:
         deep = wants_looks(config.split, rows.usable)
         seen = look_at_rows(place, rows.usable, source.limit, deep, workers)
@@ -72,6 +72,8 @@ def pack(config: PackConfig) -> Report:
         splits = draw_splits(config.split, rows.usable, seen, near)
         shared = find_shared(rows.usable, splits, seen, near) if deep else {}
         tell_drawn(rows.usable, splits)
+        if config.captions_from_labels:
+            add_label_captions(rows.usable, templates)
         kinds = [KINDS[kind] for kind in seen["kind"].tolist()]
         parts = cut(rows.usable, splits, kinds, config.shard_samples)
         packed = fill(place, config.out, parts, config.image, templates, rows.dropped, shared, workers)
@@ -99,11 +101,12 @@ def refuse_foreign(name: str) -> None:
 
 def add_label_captions(rows: list[Row], templates: list[str]) -> None:
     """Gives labelled rows without a caption one from each template."""
-    if not any(row.label is not None for row in rows):
-        raise ValueError("captions_from_labels=true: the source has no labels.")
+    captions: dict[str, list[str]] = {}  # of each label, shared by its rows
     for row in rows:
         if row.label is not None and not row.captions:
-            row.captions = [template.replace("{c}", row.label) for template in templates]
+            if row.label not in captions:
+                captions[row.label] = [template.replace("{c}", row.label) for template in templates]
+            row.captions = captions[row.label]
 
 
 def tell_drawn(rows: list[Row], splits: list[str]) -> None:

@@ -17,7 +17,7 @@ from clipft.data.building import Building
 from clipft.data.fingerprint import REASONS, SEEN, look_at_images
 from clipft.data.progress import Progress
 from clipft.data.sample import printable
-from clipft.data.sources.place import Place, name_of, stamp_of
+from clipft.data.sources.place import Place, stamp_of, stem_of
 from clipft.data.sources.row import Bad, Row, Source, Where
 from clipft.data.workers import map_items
 from clipft.files import replace_file
@@ -63,7 +63,7 @@ def read_rows(source: Source) -> Rows:
     progress.end()
     width = max(6, len(str(number)))
     for row in rows.usable:
-        row.key = "-".join(filter(None, [row.key.zfill(width), readable(name_of(row.image).partition(".")[0])]))
+        row.key = "-".join(filter(None, [row.key.zfill(width), readable(stem_of(row.image))]))
     refuse_nothing(source, rows)
     return rows
 

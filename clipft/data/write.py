@@ -23,7 +23,7 @@ from clipft.data.index import write_index
 from clipft.data.manifest import sha256_of
 from clipft.data.progress import Progress
 from clipft.data.sample import BadSample
-from clipft.data.sources.place import Place, name_of, read_place, stamp_of
+from clipft.data.sources.place import Place, read_place, stamp_of, stem_of
 from clipft.data.sources.row import Row, text_members
 from clipft.data.workers import map_items
 from clipft.files import replace_file
@@ -139,7 +139,7 @@ def image_member(place: Place, kind: str, image: ImageConfig) -> tuple[str, byte
     try:
         raw = read_place(place)
     except (OSError, BadSample) as error:
-        name = place if isinstance(place, str) else name_of(place)
+        name = place if isinstance(place, str) else f"the image {stem_of(place)}"
         raise RunFailed(
             f"{name} cannot be read any more ({error}): the source changed while it was packed. Run the same command "
             "again: finished shards are kept."

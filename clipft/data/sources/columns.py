@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +41,16 @@ class Columns:
         return " ".join(f"{role}={name}" for role, name in named.items() if name)
 
 
-def choose(given: ColumnsConfig, head: list[Raw], name: str, captioned: bool = False) -> Columns:
+def choose(given: ColumnsConfig, head: list[Raw], name: str, captioned: bool = False, whole: bool = True) -> Columns:
     """The columns that the user gave, and for the others the only ones that fit the first rows.
 
     Two that fit equally well raise, with what decides between them. `captioned`: captions also come from elsewhere.
+    `whole`: there are no other rows, in which a column that the user gave may be.
     """
     values = column_values(head)
-    check_given(given, values, name)
+    if whole:
+        for role, column in absent(given, values):
+            raise no_column(role, column, values, name)
     image = given.image
     if image is None and not any(raw.image is not None for raw in head):
         image = find_image(values, name)
@@ -81,16 +84,68 @@ def column_values(head: list[Raw]) -> dict[str, list[Any]]:
     return values
 
 
-def check_given(given: ColumnsConfig, values: dict[str, list[Any]], name: str) -> None:
+def absent(given: ColumnsConfig, values: Collection[str]) -> list[tuple[str, str]]:
+    """Role and name of the columns that the user gave and that are not there."""
     roles = {"image": [given.image], "caption": given.caption or [], "label": [given.label], "split": [given.split]}
-    for role, columns in roles.items():
-        for column in columns:
-            if values and column is not None and column not in values and (column != "none" or role == "image"):
-                near = difflib.get_close_matches(column, values, n=1, cutoff=0.5)
-                hint = f" Did you mean {near[0]}?" if near else ""
+    pairs = [(role, column) for role, columns in roles.items() for column in columns if column is not None]
+    return [(role, c) for role, c in pairs if c not in values and (c != "none" or role == "image") and values]
+
+
+def no_column(role: str, column: str, values: Iterable[str], name: str) -> ValueError:
+    near = difflib.get_close_matches(column, list(values), n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return ValueError(f"columns.{role}={column!r} is no column of source={name!r}.{hint} Columns: {', '.join(values)}.")
+
+
+class Watch:
+    """Looks at the rows behind the first ones, by which the columns were chosen: another choice may come too late.
+
+    Rows may have columns of their own, or the first value in one: a split that only the last thousand rows name must
+    not be overlooked.
+    """
+
+    def __init__(self, given: ColumnsConfig, columns: Columns, head: list[Raw], name: str, captioned: bool):
+        self.given, self.name, self.captioned = given, name, captioned or bool(columns.captions)
+        values = column_values(head)
+        self.columns = list(values)
+        self.missing = absent(given, values)
+        self.known = {column for column, found in values.items() if found}
+        self.known |= {columns.split, columns.label, columns.image, *columns.captions} - {None}
+
+    def look(self, raw: Raw) -> None:
+        """Raises where the row has a value in a column that would have had a say."""
+        if self.missing:
+            self.missing = [(role, column) for role, column in self.missing if column not in raw.values]
+        if raw.values.keys() <= self.known:
+            return
+        for column, value in raw.values.items():
+            if column in self.known:
+                continue
+            role = self.role(column, raw)
+            if role is None:
+                self.known.add(column)
+            elif value is not None and value != "" and value == value:
                 raise ValueError(
-                    f"columns.{role}={column!r} is no column of source={name!r}.{hint} Columns: {', '.join(values)}."
+                    f"source={self.name!r}: column {column} has its first value in {raw.where}, behind the first rows, "
+                    f"by which columns are chosen. Say whether it is the {role}: columns.{role}={quoted(column)}, or "
+                    f"another column{' or none' if role != 'image' else ''}."
                 )
+
+    def role(self, column: str, raw: Raw) -> str | None:
+        """What a column is by its name, where the user has left that to looking."""
+        bare = plain(column)
+        if bare in IMAGES and raw.image is None and self.given.image is None:
+            return "image"
+        if (bare in CAPTIONS or NUMBERED.fullmatch(bare)) and self.given.caption is None:
+            return "caption"
+        if bare in ((LABEL,) if self.captioned else (LABEL, *OTHER_LABELS)) and self.given.label is None:
+            return "label"
+        return "split" if bare in SPLITS and self.given.split is None else None
+
+    def end(self) -> None:
+        """Raises where no row had a column that the user gave."""
+        for role, column in self.missing:
+            raise no_column(role, column, self.columns, self.name)
 
 
 def plain(column: str) -> str:

@@ -5,7 +5,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,11 @@ from clipft.data.sources.tables import Part, table_source
 HEAD_BYTES, HEAD_ROWS = 1 << 18, 200
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+HINTS = {
+    "wrong_number_of_columns": "a delimiter inside a cell needs quotes around the cell",
+    "bad_quotes": "a quote is not closed or not doubled; csv.quotes=false reads quotes as letters",
+    "bad_utf8": "csv.encoding=cp1252 or another reads tables that are not UTF-8",
+}
 LEAST_SHARE = 0.8  # of the first rows that must have the same number of columns
 
 
@@ -43,7 +48,8 @@ class Dialect:
 def csv_source(ask: Ask, parts: list[Part]) -> Source:
     dialects = {part.path: find_dialect(ask, part.path) for part in parts}
     read = partial(read_parts, dialects)
-    return table_source(ask, str(dialects[parts[0].path]), parts, read, "line")
+    source = table_source(ask, str(dialects[parts[0].path]), parts, read, "line")
+    return replace(source, hints={**source.hints, **HINTS})
 
 
 def read_parts(dialects: dict[Path, Dialect], path: Path) -> Iterator[Raw | Bad]:

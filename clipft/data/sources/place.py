@@ -62,14 +62,19 @@ def read_place(place: Place) -> bytes:
         case Cell():
             return bytes_in(read_group(place.path, place.group, place.column)[place.row].as_py())
         case Entry():
-            dataset = load_datasets(place.path)[place.split].with_format("arrow")
-            return bytes_in(dataset[place.row][place.column][0].as_py())
+            return bytes_in(open_dataset(place.path, place.split)[place.row][place.column][0].as_py())
 
 
 @lru_cache(2)
 def read_group(path: str, group: int, column: str) -> Any:
     """A column of one row group, as pyarrow's array."""
     return load_parquet().ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+
+
+@lru_cache(8)
+def open_dataset(path: str, split: str) -> Any:
+    """A dataset whose rows come as pyarrow's tables, with images as they are stored."""
+    return load_datasets(path)[split].with_format("arrow")
 
 
 def bytes_in(value: Any) -> bytes:
@@ -80,15 +85,16 @@ def bytes_in(value: Any) -> bytes:
     return raw
 
 
-def name_of(place: Place) -> str:
-    """What the image was called where it comes from; empty where it had no name."""
+def stem_of(place: Place) -> str:
+    """What the image was called where it comes from, without extension; empty where it had no name."""
     match place:
-        case str():
-            return os.path.basename(place)
         case bytes():
             return ""
-        case _:
+        case Slice():
             return place.name
+        case _:
+            name = place if isinstance(place, str) else place.name
+            return os.path.splitext(os.path.basename(name))[0]
 
 
 def stamp_of(place: Place) -> tuple[Any, ...]:

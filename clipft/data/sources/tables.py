@@ -12,7 +12,7 @@ from typing import Any
 
 from clipft.data.caption import encodable, is_visible
 from clipft.data.sample import BadSample
-from clipft.data.sources.columns import URL, Columns, captions_in_cell, choose, label_in_cell
+from clipft.data.sources.columns import URL, Columns, Watch, captions_in_cell, choose, label_in_cell
 from clipft.data.sources.paths import PROBED, Base, find_base, resolve
 from clipft.data.sources.row import Ask, Bad, Raw, Row, Source, columns_json
 from clipft.data.split import SPLIT_OF, ordered
@@ -50,7 +50,8 @@ def table_source(ask: Ask, kind: str, parts: list[Part], read: Read, item: str, 
     num_rows = max(PROBED, HEAD // len(parts))
     heads = {part: list(itertools.islice(read(part.path), num_rows)) for part in parts}
     raws = [row for head in heads.values() for row in head if isinstance(row, Raw)]
-    columns = choose(ask.columns, raws, ask.source, captioned) if raws else Columns(None, (), None, None)
+    whole = all(len(head) < num_rows for head in heads.values())
+    columns = choose(ask.columns, raws, ask.source, captioned, whole) if raws else Columns(None, (), None, None)
     refuse_urls(ask, columns, raws, parts[0].path)
     plans = []
     for part, head in heads.items():
@@ -62,9 +63,9 @@ def table_source(ask: Ask, kind: str, parts: list[Part], read: Read, item: str, 
         name=ask.source,
         said=f"read as: {kind}{names}, columns {columns}{said_of_splits(parts)}{said_of_base(plans[0].base, ask)} "
         "(override with columns.image=... columns.caption=... columns.label=... format=...)",
-        rows=partial(table_rows, parts, plans, read),
+        rows=partial(table_rows, parts, plans, read, partial(Watch, ask.columns, columns, raws, ask.source, captioned)),
         table="" if len(parts) > 1 else f"{parts[0].path.name} {item}",
-        limit=None if ask.root is not None else plans[0].base.limit,
+        limit=None if ask.root is not None else os.path.commonpath([plan.base.limit for plan in plans]),
         hints=hints(plans[0].base, ask.root),
     )
 
@@ -84,18 +85,23 @@ def hints(base: Base, root: str | None) -> dict[str, str]:
         "image_outside_source": f"no path may leave {base.limit}"
         + (" and no link lead out of it; root=FOLDER names a wider one and allows links" if root is None else ""),
         "image_url": "img2dataset downloads images; give it the rows with addresses",
-        "wrong_number_of_columns": "a delimiter inside a cell needs quotes around the cell",
-        "bad_quotes": "a quote is not closed or not doubled; csv.quotes=false reads quotes as letters",
-        "bad_utf8": "csv.encoding=cp1252 or another reads tables that are not UTF-8",
     }
 
 
-def table_rows(parts: list[Part], plans: list[Plan], read: Read) -> Iterator[Row | Bad]:
+def table_rows(
+    parts: list[Part], plans: list[Plan], read: Read, watch_from: Callable[[], Watch]
+) -> Iterator[Row | Bad]:
+    watch = watch_from()
     for part, plan in zip(parts, plans, strict=True):
         for raw in read(part.path):
             if plan.several and isinstance(raw.where, int):
                 raw.where = f"{part.path.parent.name}/{part.path.name} {plan.item} {raw.where}"
-            yield raw if isinstance(raw, Bad) else to_row(raw, plan)
+            if isinstance(raw, Bad):
+                yield raw
+            else:
+                watch.look(raw)
+                yield to_row(raw, plan)
+    watch.end()
 
 
 def to_row(raw: Raw, plan: Plan) -> Row | Bad:

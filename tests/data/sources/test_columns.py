@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forms import captioned, put_images
@@ -119,3 +120,40 @@ def test_a_cell_holds_a_caption_or_a_list_of_them_written_in_any_way(tmp_path: P
     found = rows[1].captions if isinstance(rows[1], Row) else []
     assert found == captions
     assert captions or rows[1] == Bad(2, "no_caption_or_label")
+
+
+@pytest.mark.parametrize("late", [{"split": "test"}, {"label": "cat"}, {"title": "b"}, {"path": "1.jpg"}])
+def test_a_column_whose_first_value_comes_late_is_not_overlooked(tmp_path: Path, late: dict):
+    """The first thousand rows decide: a split behind them would become training data."""
+    rows = [{"image": f"{i % 3}.jpg", "caption": "a", "note": None} for i in range(1500)]
+    rows[1200] |= late
+    [(name, value)] = late.items()
+    role = str({"title": "caption", "path": "image"}.get(name, name))
+    with pytest.raises(ValueError, match=rf"column {name} has its first value in 1201.*columns\.{role}={name}"):
+        list(source_of(tmp_path, rows).rows())
+    given: dict[str, Any] = {role: ["caption", "title"] if role == "caption" else name}
+    row = list(source_of(tmp_path, rows, **given).rows())[1200]
+    assert isinstance(row, Row)
+    found = {"split": row.split, "label": row.label, "caption": row.captions[-1], "image": Path(str(row.image)).name}
+    assert found[role] == value
+    if role in ("split", "label"):
+        assert len(list(source_of(tmp_path, rows, **{role: "none"}).rows())) == 1500
+
+
+def test_empty_cells_for_a_thousand_rows_are_no_reason_to_overlook_a_column(tmp_path: Path):
+    put_images(tmp_path, ITEMS)
+    lines = [f"{i % 3}.jpg,a,{'cat' if i == 1100 else ''}" for i in range(1200)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption,label", *lines]))
+    with pytest.raises(ValueError, match="column label has its first value in 1102"):
+        list(open_source(Ask(str(tmp_path / "t.csv"))).rows())
+
+
+def test_other_columns_may_come_and_go(tmp_path: Path):
+    rows = [{"image": "0.jpg", "caption": "a"}] * 1100 + [{"image": "0.jpg", "caption": "b", "licence": "CC0"}]
+    assert len(list(source_of(tmp_path, rows).rows())) == 1101
+
+
+def test_a_column_that_no_row_has_is_named_at_the_end_of_a_long_table(tmp_path: Path):
+    rows = [{"image": "0.jpg", "caption": "a"}] * 1100
+    with pytest.raises(ValueError, match=r"columns\.split='spilt' is no column"):
+        list(source_of(tmp_path, rows, split="spilt").rows())
