@@ -64,7 +64,8 @@ def json_kind(path: Path) -> str:
         return "JSON of images with their captions"
     raise ValueError(
         f"{path} is JSON of an unknown shape. Expected a list of objects, an object per line, COCO captions "
-        '(images and annotations), or {"a.jpg": ["a red ball"]}.'
+        '(images and annotations), or {"a.jpg": ["a red ball"]}. Where it is not what you mean: format=pairs, classes '
+        "or another, or source=FILE."
     )
 
 

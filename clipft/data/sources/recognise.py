@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from clipft.data.manifest import MANIFEST
 from clipft.data.sample import IMAGE_KINDS
 from clipft.data.sources.csvs import csv_source
 from clipft.data.sources.folders import folder_source
@@ -81,9 +82,14 @@ def open_folder(ask: Ask, folder: Path) -> Source:
         return folder_source(ask, folder)
     if ask.format == "huggingface" or (ask.format is None and is_saved_dataset(folder)):
         return huggingface_source(ask, folder)
-    if ask.format == "tars" or (ask.format is None and has_tars(folder)):
+    if ask.format == "tars" or (ask.format is None and (folder / MANIFEST).is_file()):
         return tar_source(ask, folder)
     tables = find_tables(folder)
+    if ask.format is None and has_tars(folder):
+        if tables:
+            choices = " or ".join(["format=tars", *(f"source={parts[0].path}" for parts in tables.values())])
+            raise ValueError(f"source={ask.source!r} holds tars and tables ({', '.join(tables)}). Decide: {choices}.")
+        return tar_source(ask, folder)
     if ask.format is not None:
         tables = {name: parts for name, parts in tables.items() if format_of(parts) == ask.format}
         if not tables:
@@ -134,7 +140,8 @@ def tables_in(folder: Path) -> list[Path]:
     files = []
     for name in names:
         stem, suffix = os.path.splitext(name)
-        listed = suffix.lower() in FORMAT_OF and not name.endswith("_stats.json") and f"{stem}_stats.json" not in known
+        listed = suffix.lower() in FORMAT_OF and not {f"{stem}_stats.json", f"{stem}.tar"} & known
+        listed = listed and not name.endswith(("_stats.json", ".tar.index.json"))
         wanted = any(fnmatch(name, pattern) for pattern in CAPTION_FILES) or (listed and stem not in images)
         if wanted and not name.startswith((".", "_")) and (folder / name).is_file():
             files.append(folder / name)

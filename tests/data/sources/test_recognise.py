@@ -60,6 +60,15 @@ def test_a_format_decides_between_what_a_folder_holds(tmp_path: Path):
         open_source(Ask(str(tmp_path), format="parquet"))
 
 
+def test_tars_beside_a_table_are_not_guessed_between(tmp_path: Path):
+    """An archive that was left beside its images is no set of shards."""
+    jsonl(tmp_path, ITEMS)
+    tars(tmp_path, ITEMS)
+    with pytest.raises(ValueError, match=r"holds tars and tables \(metadata\.jsonl\)\. Decide: format=tars or source="):
+        open_source(Ask(str(tmp_path)))
+    assert "WebDataset" in open_source(Ask(str(tmp_path), format="tars")).said
+
+
 @pytest.mark.parametrize(
     "form, says",
     [
