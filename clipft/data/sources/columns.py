@@ -4,6 +4,7 @@ import ast
 import difflib
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def choose(given: ColumnsConfig, head: list[Raw], name: str, captioned: bool = F
         if len(others) != 1 or given.caption or given.label:
             raise ValueError(
                 f"source={name!r}: no column is known to hold captions or labels. Name one of them: "
-                f"{' or '.join(f'columns.caption={quoted(c)}' for c in others[:4]) or 'columns.caption=COLUMN'}, "
+                f"{' or '.join(f'columns.caption={shlex.quote(c)}' for c in others[:4]) or 'columns.caption=COLUMN'}, "
                 f"or columns.label=COLUMN. Columns: {', '.join(values)}."
             )
         captions = (others[0],)
@@ -127,7 +128,7 @@ class Watch:
             elif value is not None and value != "" and value == value:
                 raise ValueError(
                     f"source={self.name!r}: column {column} has its first value in {raw.where}, behind the first rows, "
-                    f"by which columns are chosen. Say whether it is the {role}: columns.{role}={quoted(column)}, or "
+                    f"by which columns are chosen. Say whether it is the {role}: columns.{role}={shlex.quote(column)}, or "
                     f"another column{' or none' if role != 'image' else ''}."
                 )
 
@@ -158,14 +159,9 @@ def only(role: str, candidates: list[str], name: str) -> str | None:
     if len(candidates) > 1:
         raise ValueError(
             f"source={name!r}: columns {' and '.join(candidates)} could both be the {role}. "
-            f"Decide: {' or '.join(f'columns.{role}={quoted(column)}' for column in candidates)}."
+            f"Decide: {' or '.join(f'columns.{role}={shlex.quote(column)}' for column in candidates)}."
         )
     return candidates[0] if candidates else None
-
-
-def quoted(column: str) -> str:
-    """The column's name as a shell takes it."""
-    return column if re.fullmatch(r"[\w.]+", column) else f"'{column}'"
 
 
 def find_image(values: dict[str, list[Any]], name: str) -> str:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,7 @@ from clipft.data.sources.row import Ask, Bad, Raw, Row, Source, columns_json
 from clipft.data.split import SPLIT_OF, ordered
 
 HEAD = 1000  # rows by which columns are chosen
-READ_BY_OTHERS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "json": "json", "parquet": "parquet"}
-"""Suffix -> what img2dataset calls such a table."""
+READ_BY_OTHERS = ("csv", "tsv", "jsonl", "json", "parquet")  # tables that img2dataset calls by their suffix
 
 
 @dataclass(frozen=True)
@@ -160,19 +160,16 @@ def refuse_urls(ask: Ask, columns: Columns, raws: list[Raw], table: Path) -> Non
     if not urls or len(urls) < len(values) / 2:
         return
     folder = os.path.splitext(table)[0] + "-downloaded"
-    words = ["img2dataset", "--url_list", shell(str(table)), "--url_col", shell(str(columns.image))]
-    words += ["--input_format", READ_BY_OTHERS.get(table.suffix.lower().lstrip("."), "csv")]
-    words += ["--caption_col", shell(columns.captions[0])] if columns.captions else []
+    words = ["img2dataset", "--url_list", shlex.quote(str(table)), "--url_col", shlex.quote(str(columns.image))]
+    suffix = table.suffix.lower().lstrip(".")
+    words += ["--input_format", suffix if suffix in READ_BY_OTHERS else "csv"]
+    words += ["--caption_col", shlex.quote(columns.captions[0])] if columns.captions else []
     kept = [column for column in (columns.label, columns.split) if column]
-    words += ["--save_additional_columns", f"'{json.dumps(kept)}'"] if kept else []
-    words += ["--output_format", "webdataset", "--output_folder", shell(folder)]
+    words += ["--save_additional_columns", shlex.quote(json.dumps(kept))] if kept else []
+    words += ["--output_format", "webdataset", "--output_folder", shlex.quote(folder)]
     words += ["--image_size", "512", "--resize_mode", "keep_ratio", "--resize_only_if_bigger", "True"]
     raise ValueError(
         f"source={ask.source!r}: column {columns.image} has addresses ({urls[0].strip()[:80]}), and packing reads "
         "files. Download the images first, then pack what arrives:\n"
-        f"pip install img2dataset\n{' '.join(words)}\nclipft data pack source={shell(folder)} out=OUT"
+        f"pip install img2dataset\n{' '.join(words)}\nclipft data pack source={shlex.quote(folder)} out=OUT"
     )
-
-
-def shell(word: str) -> str:
-    return word if re.fullmatch(r"[\w./:@-]+", word) else "'" + word.replace("'", "'\\''") + "'"
