@@ -126,10 +126,10 @@ class Watch:
             if role is None:
                 self.known.add(column)
             elif value is not None and value != "" and value == value:
+                choice = f"columns.{role}={shlex.quote(column)}, or another{' or none' if role != 'image' else ''}"
                 raise ValueError(
                     f"source={self.name!r}: column {column} has its first value in {raw.where}, behind the first rows, "
-                    f"by which columns are chosen. Say whether it is the {role}: columns.{role}={shlex.quote(column)}, or "
-                    f"another column{' or none' if role != 'image' else ''}."
+                    f"by which columns are chosen. Say whether it is the {role}: {choice}."
                 )
 
     def role(self, column: str, raw: Raw) -> str | None:
