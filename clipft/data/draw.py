@@ -45,7 +45,7 @@ def check_draw(config: DrawConfig, rows: list[Row]) -> None:
 
 def wants_looks(config: DrawConfig, rows: list[Row]) -> bool:
     """Whether images have to be compared: only where there is more than one split."""
-    return config.val is not None or config.test is not None or len({row.split for row in rows}) > 1
+    return config.val is not None or config.test is not None or len({row.split or "train" for row in rows}) > 1
 
 
 def draw_splits(config: DrawConfig, rows: list[Row], seen: np.ndarray, near: Pairs) -> list[str]:

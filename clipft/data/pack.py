@@ -59,7 +59,7 @@ def pack(config: PackConfig) -> Report:
     refuse_foreign(config.out)
     workers, templates = num_workers("workers", config.workers), templates_of(config.templates)
     source = open_source(Ask(config.source, config.format, config.root, config.columns, config.csv))
-    print("\n".join([source.said, *source.notes]), flush=True)
+    print("\n".join([source.said, *source.notes, *said_of_existing(config.out)]), flush=True)
     rows = read_rows(source)
     check_draw(config.split, rows.usable)
     if config.captions_from_labels and not any(row.label is not None for row in rows.usable):
@@ -97,6 +97,12 @@ def refuse_foreign(name: str) -> None:
         raise ValueError(f"out={name!r} is a file. Choose a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ValueError(f"out={name!r} is not empty and holds no {MANIFEST}. Choose a folder that does not exist yet.")
+
+
+def said_of_existing(name: str) -> list[str]:
+    """A sentence where out is a packed set already."""
+    there = (Path(name).expanduser() / MANIFEST).is_file()
+    return [f"{name} is there already: it stays as it is, and another set under its name is refused"] if there else []
 
 
 def add_label_captions(rows: list[Row], templates: list[str]) -> None:
