@@ -48,6 +48,8 @@ def look_at_image(place: Place, limit: str | None, deep: bool) -> Any:
     try:
         if isinstance(place, str) and limit is not None and os.path.lexists(place) and leads_out(place, limit):
             raise BadSample("image_outside_source")
+        if isinstance(place, str) and not os.path.isfile(place):  # opening a pipe would wait for its writer
+            raise BadSample("image_missing")
         if isinstance(place, str) and not deep:
             with open(place, "rb") as file:
                 seen["kind"] = KINDS.index(image_extension(file))
@@ -56,9 +58,7 @@ def look_at_image(place: Place, limit: str | None, deep: bool) -> Any:
         seen["kind"] = KINDS.index(image_extension(BytesIO(raw)))
     except BadSample as bad:
         seen["reason"] = 1 + REASONS.index(bad.reason)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        seen["reason"] = 1 + REASONS.index("image_missing")
-    except (OSError, ValueError):  # ValueError: a NUL in the path
+    except OSError:
         seen["reason"] = 1 + REASONS.index("image_unreadable")
     else:
         if deep:

@@ -50,8 +50,10 @@ def walk(folder: Path, trusted: bool) -> Tree:
                 tree.outside.append(path)
             elif entry.is_dir():
                 waiting.append(path)
-            else:
+            elif entry.is_file():
                 add(tree, path)
+            else:
+                tree.others["broken link or other special file"] += 1
     tree.images.sort(key=natural_path)
     tree.outside.sort(key=natural_path)
     return tree

@@ -1,6 +1,7 @@
 """Folders of images: pairs, classes, splits, and what is neither."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,12 @@ def test_files_that_are_neither_image_nor_text_are_counted(tmp_path: Path):
     put_images(tmp_path / "cat", ITEMS)
     for name in ("cat/a.heic", "cat/b.HEIC", "README", "notes.txt", "cat/extra.json", ".hidden", "Thumbs.db"):
         (tmp_path / name).write_text("x")
+    os.mkfifo(tmp_path / "cat/pipe.txt")
     source = open_source(Ask(str(tmp_path), format="classes"))
-    assert source.notes == ["not read: 2 .heic, 1 .json without an image, 1 .txt without an image, 1 without a suffix"]
+    assert source.notes == [
+        "not read: 2 .heic, 1 .json without an image, 1 .txt without an image, 1 broken link or other special file, "
+        "1 without a suffix"
+    ]
 
 
 def test_few_texts_among_images_in_folders_are_not_decided_by_clipft(tmp_path: Path):

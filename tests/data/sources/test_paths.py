@@ -93,20 +93,31 @@ def test_what_is_no_image_file_is_left_out_by_its_reason(tmp_path: Path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "cut.jpg").write_bytes(ITEMS[1].raw[:15])
     (tmp_path / "broken.jpg").symlink_to("nowhere.jpg")
-    (tmp_path / "secret.jpg").write_bytes(ITEMS[2].raw)
-    names = ["0.jpg", "folder.jpg", "empty.jpg", "text.jpg", "cut.jpg", "broken.jpg", "gone.jpg", "\0.jpg", ""]
+    os.mkfifo(tmp_path / "pipe.jpg")
+    names = [
+        "0.jpg",
+        "folder.jpg",
+        "empty.jpg",
+        "text.jpg",
+        "cut.jpg",
+        "broken.jpg",
+        "gone.jpg",
+        "\0.jpg",
+        "",
+        "pipe.jpg",
+    ]
     report = run(table(tmp_path, *names, "0.jpg/x.jpg", "https://example.org/1.jpg"), tmp_path / "out")
     assert dropped(report) == {
         "no_image": [8, 9],
-        "image_url": [11],
-        "image_missing": [2, 6, 7, 10],
+        "image_url": [12],
+        "image_missing": [2, 6, 7, 10, 11],
         "image_empty": [3],
         "format_not_allowed": [4],
         "image_header_damaged": [5],
     }
     lines = (tmp_path / "out/dropped.tsv").read_text().splitlines()
-    assert len(lines) == 11 and lines[0] == "reason\trow\tsplit" and "image_url\t11\t" in lines
-    assert report.rows.num_rows == 11 == 10 + sum(shard.samples for shard in report.packed.splits["train"])
+    assert len(lines) == 12 and lines[0] == "reason\trow\tsplit" and "image_url\t12\t" in lines
+    assert report.rows.num_rows == 12 == 11 + sum(shard.samples for shard in report.packed.splits["train"])
 
 
 def test_a_file_that_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch):
