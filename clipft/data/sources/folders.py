@@ -42,7 +42,7 @@ def walk(folder: Path, trusted: bool) -> Tree:
         if here in seen:
             continue  # a link to a folder above
         seen.add(here)
-        for entry in os.scandir(folder / inner):
+        for entry in sorted(os.scandir(folder / inner), key=lambda entry: entry.name):
             path = f"{inner}/{entry.name}" if inner else entry.name
             if entry.name.startswith((".", "__MACOSX")) or entry.name in NOT_NAMED:
                 continue
