@@ -161,8 +161,8 @@ def test_an_error_of_the_user_leaves_nothing_behind(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def large_source(folder: Path, num: int) -> Path:
-    return source_of(folder, **{f"n{i}": picture(i, size=(420, 360)) for i in range(num)})
+def large_source(folder: Path, num: int, size: tuple[int, int] = (420, 360)) -> Path:
+    return source_of(folder, **{f"n{i}": picture(i, size=size) for i in range(num)})
 
 
 def fork(work: Callable[[], Any]) -> int:
@@ -180,8 +180,8 @@ def fork(work: Callable[[], Any]) -> int:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork")
 def test_killed_at_any_time_and_run_again_it_ends_with_the_same_bytes(tmp_path: Path):
     """SIGKILL while shards are being written, several times over: no finished shard is written again."""
-    source = large_source(tmp_path / "source", 60)
-    options = {"shard_samples": 4, "image": config(200), "split": DrawConfig(val=0.2)}
+    source = large_source(tmp_path / "source", 40, (900, 800))
+    options = {"shard_samples": 2, "image": config(400), "split": DrawConfig(val=0.2)}
     run(source, tmp_path / "a/set", **options)
     place = tmp_path / "b/.set.building"
     kept: dict[str, int] = {}
@@ -190,7 +190,6 @@ def test_killed_at_any_time_and_run_again_it_ends_with_the_same_bytes(tmp_path: 
         end = time.monotonic() + 30
         while len(list(place.glob("notes/*.json"))) < num and time.monotonic() < end:
             time.sleep(0.003)
-        time.sleep(0.02 * num)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         assert not (tmp_path / "b/set").exists()
@@ -200,7 +199,7 @@ def test_killed_at_any_time_and_run_again_it_ends_with_the_same_bytes(tmp_path: 
         kept = inodes
     run(source, tmp_path / "b/set", **options)
     assert bytes_of(tmp_path / "a/set") == bytes_of(tmp_path / "b/set")
-    assert 9 <= len(kept) < 16
+    assert 9 <= len(kept) < 20
     assert all((tmp_path / "b/set" / name).stat().st_ino == inode for name, inode in kept.items())
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["set"]
 

@@ -61,7 +61,7 @@ def table_source(ask: Ask, kind: str, parts: list[Part], read: Read, item: str, 
     names = f" in {parts[0].path.name}" if len(parts) == 1 else f" in {len(parts)} parts"
     return Source(
         name=ask.source,
-        said=f"read as: {kind}{names}, columns {columns}{said_of_splits(parts)}{said_of_base(plans[0].base, ask)} "
+        said=f"read as: {kind}{names}, columns {columns}{said_of_splits(parts)}{said_of_bases(plans, ask)} "
         "(override with columns.image=... columns.caption=... columns.label=... format=...)",
         rows=partial(table_rows, parts, plans, read, partial(Watch, ask.columns, columns, raws, ask.source, captioned)),
         table="" if len(parts) > 1 else f"{parts[0].path.name} {item}",
@@ -75,8 +75,10 @@ def said_of_splits(parts: list[Part]) -> str:
     return f", splits {' '.join(splits)} by name" if splits else ""
 
 
-def said_of_base(base: Base, ask: Ask) -> str:
-    return f", images in {base.start}" if base.start != base.table and ask.root is None else ""
+def said_of_bases(plans: list[Plan], ask: Ask) -> str:
+    """Where the images were found, if not beside the table."""
+    found = [plan.base.start for plan in plans if plan.base.start != plan.base.table and ask.root is None]
+    return f", images in {' '.join(dict.fromkeys(found))}" if found else ""
 
 
 def hints(base: Base, root: str | None) -> dict[str, str]:

@@ -125,19 +125,19 @@ def test_a_cell_holds_a_caption_or_a_list_of_them_written_in_any_way(tmp_path: P
 @pytest.mark.parametrize("late", [{"split": "test"}, {"label": "cat"}, {"title": "b"}, {"path": "1.jpg"}])
 def test_a_column_whose_first_value_comes_late_is_not_overlooked(tmp_path: Path, late: dict):
     """The first thousand rows decide: a split behind them would become training data."""
-    rows = [{"image": f"{i % 3}.jpg", "caption": "a", "note": None} for i in range(1500)]
-    rows[1200] |= late
+    rows = [{"image": f"{i % 3}.jpg", "caption": "a", "note": None} for i in range(1010)]
+    rows[1005] |= late
     [(name, value)] = late.items()
     role = str({"title": "caption", "path": "image"}.get(name, name))
-    with pytest.raises(ValueError, match=rf"column {name} has its first value in 1201.*columns\.{role}={name}"):
+    with pytest.raises(ValueError, match=rf"column {name} has its first value in 1006.*columns\.{role}={name}"):
         list(source_of(tmp_path, rows).rows())
     given: dict[str, Any] = {role: ["caption", "title"] if role == "caption" else name}
-    row = list(source_of(tmp_path, rows, **given).rows())[1200]
+    row = list(source_of(tmp_path, rows, **given).rows())[1005]
     assert isinstance(row, Row)
     found = {"split": row.split, "label": row.label, "caption": row.captions[-1], "image": Path(str(row.image)).name}
     assert found[role] == value
     if role in ("split", "label"):
-        assert len(list(source_of(tmp_path, rows, **{role: "none"}).rows())) == 1500
+        assert len(list(source_of(tmp_path, rows, **{role: "none"}).rows())) == 1010
 
 
 def test_empty_cells_for_a_thousand_rows_are_no_reason_to_overlook_a_column(tmp_path: Path):
