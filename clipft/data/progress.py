@@ -5,6 +5,8 @@ import sys
 import time
 from contextlib import suppress
 
+from clipft.report import clock
+
 LINE_EVERY_S, DRAW_EVERY_S = 10.0, 0.2
 
 
@@ -52,10 +54,3 @@ def put(text: str) -> None:
     with suppress(OSError):  # a terminal that was closed must not end the work
         sys.stderr.write(text)
         sys.stderr.flush()
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 3:02:11."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -8,7 +8,6 @@ from contextlib import suppress
 
 from pytorch_lightning.loggers import Logger
 
-from clipft.data.progress import clock
 from clipft.learn.loggers import each_guarded
 from clipft.learn.metrics_file import MetricsFile
 from clipft.report import clock

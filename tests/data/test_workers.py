@@ -5,7 +5,7 @@ import time
 import pytest
 
 from clipft.data import progress
-from clipft.data.progress import Progress, clock
+from clipft.data.progress import Progress
 from clipft.data.workers import map_items, num_workers
 
 
@@ -49,8 +49,3 @@ def test_on_a_terminal_one_line_is_drawn_over_and_taken_away(capsys, monkeypatch
     told.add(1)
     told.end()
     assert capsys.readouterr().err == "\r\x1b[Kreading: 1 rows aft\r\x1b[Kreading: 2 rows aft\r\x1b[K"
-
-
-@pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (7.0, "0:07"), (754.0, "12:34"), (10931.0, "3:02:11")])
-def test_times_are_read_at_a_glance(seconds: float, text: str):
-    assert clock(seconds) == text
