@@ -67,8 +67,12 @@ def read_place(place: Place) -> bytes:
 
 @lru_cache(2)
 def read_group(path: str, group: int, column: str) -> Any:
-    """A column of one row group, as pyarrow's array."""
-    return load_parquet().ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+    """A column of one row group, as pyarrow's array; BadSample where the file does not give it."""
+    try:
+        with load_parquet().ParquetFile(path) as file:
+            return file.read_row_group(group, columns=[column]).column(0)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise BadSample("read_error") from error
 
 
 @lru_cache(8)

@@ -8,7 +8,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from forms import captioned, content, dataset, expected, labelled, put_images, run
+from forms import captioned, content, dataset, expected, labelled, picture, put_images, run
 
 from clipft.data.rows import by_reason
 from clipft.data.sources.place import Cell, read_place
@@ -100,3 +100,15 @@ def test_a_damaged_folder_of_hugging_face_is_refused(tmp_path: Path):
     (tmp_path / "saved/dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match="load_from_disk cannot read it"):
         open_source(Ask(str(tmp_path / "saved")))
+
+
+def test_a_row_group_that_is_damaged_costs_its_images_and_no_others(tmp_path: Path):
+    raws = [picture(i, size=(60, 60)) for i in range(6)]
+    path = write(tmp_path / "t.parquet", {"image": raws, "caption": list("abcdef")})
+    raw = bytearray(path.read_bytes())
+    where = raw.index(raws[2][:60]) - 40  # in the header of the page that holds the third image
+    raw[where : where + 40] = bytes(40)
+    path.write_bytes(raw)
+    report = run(path, tmp_path / "out")
+    assert by_reason(report.rows.dropped) == {"read_error": [3, 4]}
+    assert [read_place(row.image) for row in report.rows.usable] == [raws[i] for i in (0, 1, 4, 5)]
