@@ -106,8 +106,9 @@ def test_a_row_group_that_is_damaged_costs_its_images_and_no_others(tmp_path: Pa
     raws = [picture(i, size=(60, 60)) for i in range(6)]
     path = write(tmp_path / "t.parquet", {"image": raws, "caption": list("abcdef")})
     raw = bytearray(path.read_bytes())
-    where = raw.index(raws[2][:60]) - 40  # in the header of the page that holds the third image
-    raw[where : where + 40] = bytes(40)
+    chunk = pyarrow.parquet.read_metadata(path).row_group(1).column(0)
+    where = chunk.dictionary_page_offset or chunk.data_page_offset
+    raw[where : where + 20] = b"\xff" * 20  # in the header of the page that holds the third image
     path.write_bytes(raw)
     report = run(path, tmp_path / "out")
     assert by_reason(report.rows.dropped) == {"read_error": [3, 4]}
