@@ -30,6 +30,7 @@ ORIENTATION = 0x0112  # EXIF tag
 BITS, PHOTOMETRIC, PLANAR, TILE_WIDTH, TILE_LENGTH = 258, 262, 284, 322, 323  # TIFF tags
 WHITE_IS_ZERO, SEPARATE = 0, 2
 MOST_ASPECT = 100  # with 336 pixels on the shorter side, 34 MB
+APP1, START_OF_SCAN = b"\xe1", b"\xda"  # second bytes of JPEG markers (ITU T.81, table B.1)
 # libjpeg-turbo's words for lost image data. The others are about what does not touch the pixels, such as an odd ICC
 # profile, or stray bytes: writers leave a few, or zeros before the end; more are data that were not understood.
 JPEG_DAMAGE = re.compile(r"premature end of data segment|bad .+ code|instead of RST|Inconsistent progression")
@@ -44,8 +45,7 @@ def decode_rgb(raw: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
     pixels = decode_jpeg(raw, max_pixels) if raw.startswith(b"\xff\xd8\xff") else None
     if pixels is None:
         return decode_pillow(raw, max_pixels)
-    # Pillow also takes the orientation from XMP, so both are looked for; most files have neither.
-    if b"Exif\x00\x00" in raw or b"tiff:Orientation" in raw:
+    if may_be_turned(raw):
         with open_image(BytesIO(raw)) as image:
             return upright(pixels, orientation_of(image))
     return pixels
@@ -85,6 +85,21 @@ def lost_data(said: str, raw: bytes) -> bool:
     if stray is None:
         return JPEG_DAMAGE.search(said) is not None
     return int(stray[1]) > MOST_STRAY and bytes(int(stray[1])) + b"\xff\xd9" not in raw
+
+
+def may_be_turned(raw: bytes) -> bool:
+    """Whether a JPEG has EXIF or XMP before its image data, or no order that shows it has none.
+
+    Pillow takes the orientation from either.
+    """
+    place = 2
+    while raw[place : place + 1] == b"\xff":
+        marker = raw[place + 1 : place + 2]
+        if marker in (APP1, START_OF_SCAN):
+            return marker == APP1
+        # Any number of bytes 255 may stand before a marker.
+        place += 1 if marker == b"\xff" else 2 + int.from_bytes(raw[place + 2 : place + 4], "big")
+    return True
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:

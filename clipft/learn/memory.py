@@ -1,7 +1,9 @@
 """How much fits: host memory, and the pairs that a device can encode at a time."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,23 @@ def bytes_per_pair(try_pairs: Try) -> int:
             try_pairs(pairs)
         counts.append(sum(seen.values()))
     return max(1, counts[1] - counts[0])
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most memory of the device that the work holds at a time beyond what was there, from torch's allocators."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    every: list[Any] = profile.profiler.kineto_results.events()
+    events = sorted((event for event in every if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events), default=0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from pictures import png, png_file, tiff
 from PIL import Image, ImageOps
 
-from clipft.data.decode import decode_rgb, image_extension
+from clipft.data.decode import decode_rgb, image_extension, may_be_turned
 from clipft.data.sample import BadSample
 
 MAX_PIXELS = 1_000_000
@@ -162,6 +162,29 @@ def test_the_picture_is_turned_as_exif_says(kind, orientation):
     assert_close(decode_rgb(raw, MAX_PIXELS), expected)
     turned = np.asarray(RGB.transpose(Image.Transpose.TRANSPOSE)) if orientation >= 5 else scene()
     assert expected.shape == turned.shape
+
+
+def segment(kind: int, content: bytes) -> bytes:
+    return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>'
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+
+
+@pytest.mark.parametrize("content", [XMP, EXIF])
+@pytest.mark.parametrize("before", [b"", b"\xff\xff", segment(0xFE, b"a comment")])
+def test_a_jpeg_is_turned_wherever_its_header_says_so(before, content):
+    plain = encode(RGB, "JPEG", quality=95)
+    raw = plain[:20] + before + segment(0xE1, content) + plain[20:]  # behind the JFIF header of 20 bytes
+    assert_close(decode_rgb(raw, MAX_PIXELS), np.rot90(by_pillow(plain), -1))
+
+
+def test_words_behind_the_header_turn_no_jpeg():
+    plain = encode(RGB, "JPEG", quality=95)
+    assert not may_be_turned(plain)
+    assert not may_be_turned(plain + segment(0xE1, EXIF))
+    assert may_be_turned(plain[:20] + b"junk" + plain[20:])
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])

@@ -2,9 +2,8 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import accumulate, product
+from itertools import product
 from threading import Barrier
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from torch.testing import assert_close
 
 from clipft.learn import losses
 from clipft.learn.losses import LocalGradients, Loss, Pairs, bias_of_softmax, build_loss
+from clipft.learn.memory import peak_bytes
 
 SMOOTHING = 0.2
 NAMES = ("clip", "smoothed", "siglip")  # smoothed: clip under loss.label_smoothing
@@ -259,15 +259,9 @@ def naive(local: Pairs, everyone: Pairs, scale: Tensor, bias: Tensor) -> tuple[T
     return torch.autograd.grad(-F.logsigmoid(sign * (scale * image @ text.T + bias)).sum(), (image, text))
 
 
-def peak_bytes(loss: Callable[[Pairs, Pairs], object], batch: int) -> int:
-    """Most memory that the loss holds at a time beyond its inputs, from the events of torch's allocator."""
+def peak_of(loss: Callable[[Pairs, Pairs], object], batch: int) -> int:
     local, everyone = share_of(batch)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss(local, everyone)
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    every: list[Any] = profile.profiler.kineto_results.events()
-    events = sorted((event for event in every if event.name() == "[memory]"), key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events))
+    return peak_bytes(lambda: loss(local, everyone), torch.device("cpu"))
 
 
 def growth(sizes: list[int], peaks: list[int]) -> float:
@@ -285,8 +279,8 @@ def test_memory_grows_with_the_batch_and_not_with_its_square(name):
         missing = len(everyone.ids) - len(local.ids)
         return loss(local, everyone, scale, bias, lambda rows: F.pad(rows, (0, 0, 0, missing)))
 
-    dense = [peak_bytes(lambda local, everyone: naive(local, everyone, scale, bias), size) for size in few]
-    peaks = [peak_bytes(ours, size) for size in sizes]
+    dense = [peak_of(lambda local, everyone: naive(local, everyone, scale, bias), size) for size in few]
+    peaks = [peak_of(ours, size) for size in sizes]
     assert growth(few, dense) > 1.9
     assert growth(sizes, peaks) <= 1.1
     assert growth(sizes[4:], peaks[4:]) <= 0.2  # tiles are full from 8k on: the rest is log-sum-exps and counts
