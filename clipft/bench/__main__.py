@@ -1,36 +1,57 @@
-"""python -m clipft.bench data | step | loss | train | start | all: ratios to open_clip, made in one run."""
+"""python -m clipft.bench data | step | loss | train | start | all"""
 
 import argparse
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes a line for each profile
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes lines about each profile
 
 from clipft.bench.report import Row, show, write
 
-PHOTO_SIDES = [256, 512, 1024]
+SUBJECT = "Speed and memory beside open_clip, both measured in one run."
+Options = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    doc: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Options], list[Row]]
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m clipft.bench", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the JSON files (default bench)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parts = parser.add_subparsers(dest="benchmark", required=True)
-    for name, (doc, add_options, _) in BENCHMARKS.items():
-        add_options(parts.add_parser(name, help=doc, description=doc))
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
+    if options.benchmark == "all":
+        shared = arguments[: arguments.index("all")]
+        for name in BENCHMARKS:
+            main([*shared, name])
+        return
+    benchmark = BENCHMARKS[options.benchmark]
     options.device = options.device or default_device()
-    for name in BENCHMARKS if options.benchmark == "all" else [options.benchmark]:
-        doc, _, run = BENCHMARKS[name]
-        rows = run(options)
-        show(f"{name}: {doc}", rows)
-        write(options.out, name, rows)
+    rows = benchmark.run(options)
+    if not rows:
+        return
+    show(f"{options.benchmark}: {benchmark.doc}", rows)
+    write(options.out, options.benchmark, rows)
     if options.benchmark == "train":
         ratio = rows[-1]["ratio"]
         print(f"ratio median {ratio.median:.2f} min {ratio.min:.2f} max {ratio.max:.2f}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m clipft.bench", description=SUBJECT)
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the JSON files (default bench)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--open-clip-python", help="Python that has open_clip_torch[training] and webdataset==0.2.86")
+    parts = parser.add_subparsers(dest="benchmark", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        benchmark.add_options(parts.add_parser(name, help=benchmark.doc, description=benchmark.doc))
+    parts.add_parser("all", help="each of them with its defaults")
+    return parser
 
 
 def default_device() -> str:
@@ -40,12 +61,99 @@ def default_device() -> str:
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sides", type=int, nargs="+", default=PHOTO_SIDES, help="widths of the source photos")
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024], help="widths of the source photos")
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
 
 
-def run_data(options: argparse.Namespace) -> list[Row]:
+def run_data(options: Options) -> list[Row]:
     from clipft.bench.loading import bench_data
 
     return bench_data(options.sides, options.samples, options.rounds)
+
+
+def loss_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batches", type=int, nargs="+", default=[1 << k for k in range(10, 17)])
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 8, 64], help="numbers of ranks")
+    parser.add_argument("--width", type=int, default=768, help="of the features")
+    parser.add_argument("--max-s", type=float, default=60.0, help="what would take longer is computed")
+
+
+def run_loss(options: Options) -> list[Row]:
+    import torch
+
+    from clipft.bench.losses import bench_loss
+
+    return bench_loss(options.batches, options.worlds, options.width, torch.device(options.device), options.max_s)
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    run_options(parser, model="ViT-B-32", batch=32, rounds=3)
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+
+
+def run_options(parser: argparse.ArgumentParser, model: str, batch: int, rounds: int) -> None:
+    parser.add_argument("--model", default=model, help="architecture")
+    parser.add_argument("--batch-size", type=int, default=batch)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--workers", type=int, default=1, help="loader processes")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--data", help="packed set whose images and first captions are used; drawn ones without")
+    parser.add_argument("--side", type=int, default=512, help="width of the drawn photos")
+
+
+def run_train(options: Options) -> list[Row]:
+    from clipft.bench.training import bench_train
+
+    if options.open_clip_python is None:
+        print("train: left out, for want of --open-clip-python")
+        return []
+    with tempfile.TemporaryDirectory(prefix="clipft-bench-") as folder:
+        task = prepared(options, Path(folder), options.warm_up + options.steps)
+        return bench_train(task, options.open_clip_python, options.rounds, options.warm_up)
+
+
+def prepared(options: Options, folder: Path, steps: int):
+    """The task; raises unless both trainers agree on the first loss."""
+    from clipft.bench.training import check_equal, prepare
+
+    task = prepare(
+        folder,
+        architecture=options.model,
+        data=options.data,
+        side=options.side,
+        batch_size=options.batch_size,
+        steps=steps,
+        workers=options.workers,
+        device=options.device,
+        precision=options.precision,
+    )
+    if options.open_clip_python:
+        ours, theirs = check_equal(task, options.open_clip_python)
+        print(
+            f"first losses on one batch from the same weights: {ours} (clipft), {theirs} (open_clip_train)", flush=True
+        )
+    return task
+
+
+def start_options(parser: argparse.ArgumentParser) -> None:
+    run_options(parser, model="tiny", batch=8, rounds=3)
+
+
+def run_start(options: Options) -> list[Row]:
+    from clipft.bench.startup import bench_start
+
+    with tempfile.TemporaryDirectory(prefix="clipft-bench-") as folder:
+        return bench_start(prepared(options, Path(folder), steps=1), options.open_clip_python, options.rounds)
+
+
+BENCHMARKS = {
+    "data": Benchmark("shards to batches per core, without a model", data_options, run_data),
+    "loss": Benchmark("time and memory of the loss and its gradients", loss_options, run_loss),
+    "start": Benchmark("seconds to an answer and to the first step", start_options, run_start),
+    "train": Benchmark("whole runs, in turns with open_clip_train", train_options, run_train),
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -9,7 +9,7 @@ from clipft.bench.report import Row, ratios, spread
 from clipft.bench.shards import draw_samples, first_captions, write_shards
 from clipft.config import ModelConfig
 from clipft.model.load import load_model
-from clipft.ship.folder import write_folder
+from clipft.ship.folder import CONFIG_NAME, write_folder
 
 SHARDS = 4
 GATE = {"fp32": 1e-5, "bf16": 1e-2}  # relative difference of the first losses
@@ -38,12 +38,13 @@ def prepare(
     return Task(folder, shards, num, batch_size, steps, workers, device, precision)
 
 
-def check_equal(task: Task, side: int, python: str) -> tuple[float, float]:
+def check_equal(task: Task, python: str) -> tuple[float, float]:
     """The first losses on one batch, from the same weights; raises where they differ: then speeds mean nothing.
 
     The batch has all the pairs there are, in squares of the model's size, so that neither order nor crops matter.
     """
-    samples = draw_samples(side, task.batch_size, square=True)
+    size = json.loads((task.folder / "model" / CONFIG_NAME).read_text())["preprocess_cfg"]["size"]
+    samples = draw_samples(size if isinstance(size, int) else size[0], task.batch_size, square=True)
     shards = write_shards(task.folder / "gate", samples, per_shard=task.batch_size)
     one = {"num_samples": task.batch_size, "steps": 1, "workers": min(1, task.workers)}
     gate = replace(task, shards=shards, whole_images=True, **one)
