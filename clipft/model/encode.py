@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
+from clipft.model.blocks import is_plain, outputs_at
+
 OpenClip = Any  # open_clip's CLIP or CustomTextCLIP; naming them here would import open_clip
 
 POOLED_BY_TOKEN = ("argmax", "eos", "first")
@@ -32,18 +34,31 @@ def unit(features: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
 
 
 def encode_image(model: OpenClip, pixels: Float[Tensor, "b 3 S1 S2"]) -> Float[Tensor, "b D"]:
-    dtype = next(model.visual.parameters()).dtype  # of bf16-true and 64-true; autocast leaves it fp32
-    return unit(model.encode_image(pixels.to(dtype)))
+    visual = model.visual
+    pixels = pixels.to(next(visual.parameters()).dtype)  # of bf16-true and 64-true; autocast leaves it fp32
+    if not pools_class_token(visual):
+        return unit(model.encode_image(pixels))
+    x = visual._embeds(pixels)
+    first = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    x = visual.ln_post(outputs_at(visual.transformer, x, first, None))
+    return unit(x if visual.proj is None else x @ visual.proj)
+
+
+def pools_class_token(visual: nn.Module) -> bool:
+    """Whether the image feature is the class token's output of open_clip's own ViT, and of nothing else."""
+    from open_clip.transformer import VisionTransformer
+
+    if type(visual) is not VisionTransformer:
+        return False
+    alone = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
+    return alone and is_plain(visual.transformer)
 
 
 def encode_text(model: OpenClip, tokens: Int64[Tensor, "b L"], trim: bool) -> Float[Tensor, "b D"]:
     """Text features; tokens that were cut before, on the host and so without a device sync, are welcome."""
     if trim:
         tokens = trim_tokens(model, tokens)
-    causal = getattr(text_tower(model), "attn_mask", None) is not None
-    if not causal or tokens.shape[1] == model.context_length:
-        return unit(model.encode_text(tokens))
-    return unit(encode_short(model, tokens))
+    return unit(encode_short(model, tokens) if has_causal_tower(model) else model.encode_text(tokens))
 
 
 def text_tower(model: OpenClip) -> Any:
@@ -77,13 +92,16 @@ def trim_tokens(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor, 
 
 
 def encode_short(model: OpenClip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b D"]:
-    """open_clip's encode_text of a causal tower for n tokens, fewer than its context length."""
+    """open_clip's encode_text of a causal tower for n tokens, at most its context length."""
     tower, n = text_tower(model), tokens.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:n].to(dtype)
-    x = tower.transformer(x, attn_mask=tower.attn_mask[:n, :n])
-    rows = torch.arange(len(tokens), device=tokens.device)
-    x = tower.ln_final(x[rows, pooled_index(model, tokens)])
+    mask, end = tower.attn_mask[:n, :n].to(dtype), pooled_index(model, tokens)
+    if is_plain(tower.transformer):
+        x = outputs_at(tower.transformer, x, end, mask)
+    else:
+        x = tower.transformer(x, attn_mask=mask)[torch.arange(len(tokens), device=tokens.device), end]
+    x = tower.ln_final(x)
     if isinstance(tower.text_projection, nn.Linear):
         return tower.text_projection(x)
     return x if tower.text_projection is None else x @ tower.text_projection

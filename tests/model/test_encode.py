@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from clipft.model.blocks import is_plain
 from clipft.model.build import build
 from clipft.model.encode import (
     can_trim,
     encode_image,
     encode_text,
     has_causal_tower,
+    pools_class_token,
     to_float,
     trim_tokens,
 )
@@ -128,6 +130,59 @@ def test_every_tower_of_open_clip_is_cut_exactly_or_not_at_all(name):
     assert found.keys() == expected.keys() and len(found) > 10
     # The key bias of attention has no true gradient; the norm is that of query, key and value together.
     assert all((found[key] - value).norm() <= 1e-12 * value.norm() for key, value in expected.items())
+
+
+VIT = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 3}
+NARROWED = {
+    "of CLIP": {},
+    "with layer scale": {"ls_init_value": 0.3},
+    "with its final norm after pooling": {"final_ln_after_pool": True},
+    "without a norm before": {"no_ln_pre": True},
+}
+AS_BUILT = {
+    "average": {"pool_type": "avg"},
+    "attentional pool": {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4},
+    "custom blocks": {"block_type": "custom", "qk_norm": True},
+}
+
+
+def vision(change: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    return build("vit", {"embed_dim": 24, "vision_cfg": VIT | change, "text_cfg": text}, {}).model.double().eval()
+
+
+@pytest.mark.parametrize("kind", [*NARROWED, *AS_BUILT])
+def test_image_features_and_gradients_are_those_of_open_clip(kind):
+    model = vision((NARROWED | AS_BUILT)[kind])
+    assert pools_class_token(model.visual) == (kind in NARROWED)
+    pixels, weight = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.randn(3, 24, dtype=torch.float64)
+    full = model.encode_image(pixels, normalize=True)
+    expected = gradients(model, (full * weight).sum())
+    found = encode_image(model, pixels)
+    assert_close(found, full, rtol=0, atol=1e-12)
+    for name, value in gradients(model, (found * weight).sum()).items():
+        assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+    with torch.no_grad():  # where attention has kernels of its own
+        assert_close(encode_image(model, pixels), full, rtol=0, atol=1e-12)
+
+
+def test_towers_that_were_changed_are_computed_as_they_are():
+    model = vision({})
+    model.set_grad_checkpointing()
+    assert not pools_class_token(model.visual) and not is_plain(model.transformer)
+    model = vision({})
+    block = model.visual.transformer.resblocks[1]
+    block.attn = torch.nn.Sequential(block.attn)
+    assert not pools_class_token(model.visual) and is_plain(model.transformer)
+
+
+def test_the_last_block_is_computed_at_one_position_only():
+    model, counts = vision({}), []
+    for block in model.visual.transformer.resblocks:
+        block.mlp.register_forward_hook(lambda _, inputs, output: counts.append(output.numel()))
+    encode_image(model, torch.randn(3, 3, 16, 16, dtype=torch.float64))
+    assert counts == [3 * 5 * 32, 3 * 5 * 32, 3 * 32]
 
 
 def test_the_cut_is_after_the_longest_captions_end_though_a_caption_may_hold_the_padding_id():
