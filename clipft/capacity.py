@@ -109,7 +109,7 @@ def full_length_batch(clip: Clip, pairs: int) -> Batch:
     side = clip.preprocess_cfg["size"]
     side = side if isinstance(side, int) else side[0]
     return Batch(
-        pixels=torch.zeros(pairs, side, side, 3, dtype=torch.uint8),
+        pixels=torch.zeros(pairs, 3, side, side, dtype=torch.uint8),
         tokens=clip.tokenize(["word " * 2 * clip.model.context_length]).repeat(pairs, 1).long(),
         valid=torch.ones(pairs, dtype=torch.bool),
         ids=torch.arange(pairs),

@@ -22,6 +22,9 @@ from clipft.rundir import load_config, locked, log, what_matters
 if TYPE_CHECKING:
     from clipft.ranks import Ranks
 
+# Large tensors on a CPU lie in huge pages: ViT-B-32's image tower then takes 15 % less time. Read at the first of them.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 def train(file: Path) -> int:
     with ending_children(), stoppable() as stop:

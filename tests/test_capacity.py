@@ -44,7 +44,7 @@ def towers(clip: Clip) -> Towers:
         return clip.model.encode_text(batch.tokens)
 
     return Towers(
-        Tower(lambda batch: clip.model.encode_image(batch.pixels.permute(0, 3, 1, 2).float())),
+        Tower(lambda batch: clip.model.encode_image(batch.pixels.float())),
         Tower(text),
     )
 

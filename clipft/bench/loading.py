@@ -97,7 +97,7 @@ def differences(raw: list[bytes]) -> tuple[int, float]:
 
 
 def whole(jpeg: bytes) -> UInt8[np.ndarray, "S S 3"]:
-    return apply_augment(WHOLE, decode_rgb(jpeg, MAX_PIXELS), rng_for(0)).numpy()
+    return apply_augment(WHOLE, decode_rgb(jpeg, MAX_PIXELS), rng_for(0)).permute(1, 2, 0).numpy()
 
 
 def whole_by_pillow(jpeg: bytes) -> UInt8[np.ndarray, "S S 3"]:

@@ -30,7 +30,7 @@ Tokenize = Callable[[list[str]], Int64[Tensor, "b L"]]
 class Batch:
     """A rank's slice of a global batch. A sample that could not be used keeps its row, with valid False."""
 
-    pixels: UInt8[Tensor, "b S S 3"]
+    pixels: UInt8[Tensor, "b 3 S S"]
     tokens: Int64[Tensor, "b L"]
     valid: Bool[Tensor, " b"]
     ids: Int64[Tensor, " b"]
@@ -98,7 +98,7 @@ class TrainSteps(Dataset[Batch]):
         mine = rank_slice(len(units), self.rank, self.world)
         epochs, units = epochs[mine], units[mine]
         side = self.augment.size
-        pixels = torch.zeros(len(units), side, side, 3, dtype=torch.uint8)
+        pixels = torch.zeros(len(units), 3, side, side, dtype=torch.uint8)
         captions = [""] * len(units)
         ids = -1 - torch.from_numpy(units)
         keys = [self.units.key(u) for u in units.tolist()]
@@ -124,7 +124,7 @@ class TrainSteps(Dataset[Batch]):
     def key(self, u: int) -> str:
         return self.units.key(u)
 
-    def load(self, epoch: int, u: int) -> tuple[UInt8[Tensor, "S S 3"], str, int]:
+    def load(self, epoch: int, u: int) -> tuple[UInt8[Tensor, "3 S S"], str, int]:
         """Augmented pixels, the caption and the id."""
         i, number = self.units.at(u)
         members = self.units.samples.read(i, READ)

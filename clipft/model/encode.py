@@ -18,12 +18,12 @@ TRIM_TOLERANCE = 1e-4  # right cuts differ by 2e-7, cuts one token early by 0.07
 
 
 def to_float(
-    pixels: UInt8[Tensor, "b S1 S2 3"], mean: Sequence[float], std: Sequence[float]
+    pixels: UInt8[Tensor, "b 3 S1 S2"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b 3 S1 S2"]:
     """Pixels as torchvision's ToTensor and Normalize leave them, computed where the pixels are."""
     shift = torch.tensor(mean, device=pixels.device).view(3, 1, 1)
     width = torch.tensor(std, device=pixels.device).view(3, 1, 1)
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - shift) / width
+    return (pixels.float() / 255 - shift) / width
 
 
 def unit(features: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:

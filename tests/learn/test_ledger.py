@@ -14,7 +14,7 @@ def batch(bad: dict[int, str], size: int, first: int) -> Batch:
     valid = torch.tensor([row not in bad for row in range(size)])
     keys = [f"a/{first + row}" for row in range(size)]
     nothing = torch.zeros(size, 1, dtype=torch.long)
-    return Batch(torch.zeros(size, 1, 1, 3, dtype=torch.uint8), nothing, valid, nothing[:, 0], keys, bad)
+    return Batch(torch.zeros(size, 3, 1, 1, dtype=torch.uint8), nothing, valid, nothing[:, 0], keys, bad)
 
 
 def new(max_bad_frac: float = 1.0, num_all: int = 1600, data: str = "birds") -> Ledger:

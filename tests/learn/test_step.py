@@ -72,7 +72,7 @@ def make_batch(size: int = 2, tokens: Tensor | None = None) -> Batch:
     valid = torch.ones(BATCH, dtype=torch.bool)
     valid[[3, 8]] = False
     return Batch(
-        pixels=torch.from_numpy(draw.integers(0, 256, (BATCH, size, size, 3), np.uint8)),
+        pixels=torch.from_numpy(draw.integers(0, 256, (BATCH, 3, size, size), np.uint8)),
         tokens=torch.from_numpy(draw.integers(0, 50, (BATCH, 5))) if tokens is None else tokens,
         valid=valid,
         ids=torch.tensor([0, 1, 2, -4, 0, 5, 6, 1, -9, 0, 10]),

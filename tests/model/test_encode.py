@@ -231,5 +231,5 @@ def test_pixels_become_what_torchvision_makes_of_them():
     mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
     oracle = Compose([ToTensor(), Normalize(mean, std)])
     expected = [oracle(Image.fromarray(one.numpy())) for one in pixels]
-    for ours, theirs in zip(to_float(pixels, mean, std), expected, strict=True):
+    for ours, theirs in zip(to_float(pixels.permute(0, 3, 1, 2), mean, std), expected, strict=True):
         assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
