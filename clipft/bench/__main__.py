@@ -137,6 +137,29 @@ def prepared(options: Options, folder: Path, steps: int):
     return task
 
 
+def step_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="ViT-B-32", help="architecture")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    parser.add_argument("--overhead-steps", type=int, default=500, help="of the tiny model, to tell what a step costs")
+
+
+def run_step(options: Options) -> list[Row]:
+    import torch
+
+    from clipft.bench.stepping import bench_step, overhead, place
+    from clipft.run import quiet_libraries
+
+    quiet_libraries()
+    device = torch.device(options.device)
+    rows = bench_step(
+        place(options.model, options.batch_size, device, options.precision), options.steps, options.rounds
+    )
+    return [*rows, overhead(place("tiny", 8, device, "32-true"), options.overhead_steps, options.rounds)]
+
+
 def start_options(parser: argparse.ArgumentParser) -> None:
     run_options(parser, model="tiny", batch=8, rounds=3)
 
@@ -150,6 +173,7 @@ def run_start(options: Options) -> list[Row]:
 
 BENCHMARKS = {
     "data": Benchmark("shards to batches per core, without a model", data_options, run_data),
+    "step": Benchmark("a step on a batch that lies on the device", step_options, run_step),
     "loss": Benchmark("time and memory of the loss and its gradients", loss_options, run_loss),
     "start": Benchmark("seconds to an answer and to the first step", start_options, run_start),
     "train": Benchmark("whole runs, in turns with open_clip_train", train_options, run_train),

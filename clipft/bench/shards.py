@@ -24,8 +24,16 @@ def draw_samples(side: int, num: int, square: bool = False) -> Iterator[tuple[by
     """JPEG bytes of `side` x 3/4 `side` pixels, or of a square, and a caption; the same ones each time."""
     rng, height = np.random.default_rng(side), side if square else side * 3 // 4
     for _ in range(num):
-        num_words = int(np.clip(rng.poisson(MEAN_WORDS), 3, MOST_WORDS))
-        yield as_jpeg(draw_photo(height, side, rng)), " ".join(rng.choice(WORDS, num_words))
+        yield as_jpeg(draw_photo(height, side, rng)), draw_caption(rng)
+
+
+def draw_captions(num: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [draw_caption(rng) for _ in range(num)]
+
+
+def draw_caption(rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS, int(np.clip(rng.poisson(MEAN_WORDS), 3, MOST_WORDS))))
 
 
 def draw_photo(height: int, width: int, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,0 +1,241 @@
+"""bench step: forward, backward and optimizer on a batch on the device, beside loops over open_clip's modules."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipft.bench.report import Row, ratios, spread
+from clipft.bench.shards import draw_captions
+from clipft.config import Every, LossConfig, ModelConfig, OptimConfig
+from clipft.data.loader import Batch, as_it_is
+from clipft.fit import build_trainer, host_lag, towers_of
+from clipft.learn.after_step import AfterStep, Intervals
+from clipft.learn.journal import Journal
+from clipft.learn.ledger import Ledger
+from clipft.learn.losses import build_loss, chance_loss
+from clipft.learn.memory import peak_bytes
+from clipft.learn.metrics_file import MetricsFile
+from clipft.learn.module import ContrastiveModule, Plan, freeze_fixed
+from clipft.learn.saver import Saver
+from clipft.learn.skips import Skips
+from clipft.learn.stop import StopRequest
+from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
+from clipft.model.load import Clip, load_model
+from clipft.ranks import Ranks
+
+LR, NEVER = 1e-5, 1 << 40
+# Dense bf16 of data sheets, in TFLOP/s; other devices have no MFU here.
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A model and a batch on one device."""
+
+    clip: Clip
+    batch: Batch
+    full_tokens: Tensor
+    """Of the same captions, at the context length."""
+    ranks: Ranks
+
+    @property
+    def size(self) -> int:
+        return len(self.batch)
+
+    @property
+    def pixels(self) -> Tensor:
+        return to_float(self.batch.pixels, self.clip.preprocess_cfg["mean"], self.clip.preprocess_cfg["std"])
+
+
+def place(architecture: str, batch_size: int, device: torch.device, precision: str) -> Resident:
+    """Random weights, random pixels, captions as people write them."""
+    clip = load_model(ModelConfig(name=architecture, pretrained=None), seed=0)
+    freeze_fixed(clip.model, LossConfig())
+    clip.model.to(device).train()
+    full = clip.tokenize(draw_captions(batch_size)).long()
+    side = clip.preprocess_cfg["size"]
+    side = side if isinstance(side, int) else side[0]
+    pixels = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8)
+    rows = torch.arange(batch_size)
+    tokens = trim_tokens(clip.model, full) if can_trim(clip.model, clip.tokenize) else full
+    batch = Batch(pixels, tokens, rows >= 0, rows, [str(row) for row in range(batch_size)], {})
+    return Resident(clip, batch.to(device), full.to(device), Ranks(device, 0, 1, 1, precision))
+
+
+def bench_step(resident: Resident, steps: int, rounds: int) -> list[Row]:
+    """Ours, and a loop as one would write it: open_clip's modules and loss, all tokens, AdamW as it comes."""
+    work = {"ours": ours, "plain loop": plain, "plain loop, our encoders": plain_with_our_encoders}
+    times: dict[str, list[list[float]]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            times[name].append(run(resident, steps))
+    per_step = {name: [median(each) for each in of] for name, of in times.items()}
+    rows: list[Row] = []
+    for name, seconds in per_step.items():
+        row: Row = {"what": name, "ms a step": 1000 * median(seconds), "samples/s": resident.size / median(seconds)}
+        row |= {"speed-up over plain": ratios(per_step["plain loop"], seconds)}
+        rows.append(row | flops_and_memory(resident, work[name], median(seconds)))
+    return rows
+
+
+def overhead(resident: Resident, steps: int, rounds: int) -> Row:
+    """What a step of ours takes longer than the same maths in a bare loop, in milliseconds."""
+    gaps = []
+    for _ in range(rounds):
+        mine, bare = ours(resident, steps), plain_with_our_encoders(resident, steps)
+        gaps.append(1000 * (median(mine) - median(bare)))
+    return {"what": f"step overhead, {resident.clip.name}, batch {resident.size}", "ms a step": spread(gaps)}
+
+
+def flops_and_memory(resident: Resident, run: Callable[[Resident, int], list[float]], seconds: float) -> Row:
+    """Counted FLOPs of one step, as it executes them, its share of the device's peak, and its memory."""
+    with FlopCounterMode(display=False) as counter:
+        run(resident, 1)
+    tera = counter.get_total_flops() / 1e12
+    row: Row = {"TFLOP a step": tera, "TFLOP/s": tera / seconds}
+    name = torch.cuda.get_device_name() if resident.ranks.device.type == "cuda" else ""
+    peak = next((value for key, value in PEAKS.items() if key in name), None)
+    row |= {"MFU": tera / seconds / peak} if peak else {}
+    return row | {"peak MB": peak_bytes(lambda: run(resident, 1), resident.ranks.device) / 1e6}
+
+
+def ours(resident: Resident, steps: int) -> list[float]:
+    """Seconds of the steps under Lightning's Trainer, with all that follows a step of a run."""
+    size = resident.size
+    plan = Plan(
+        num_steps=steps + 2,  # the first one warms up, the last one is validated and saved
+        warmup_steps=0,
+        batch_size=size,
+        micro_batch=size,
+        lr=LR,
+        multipliers={name: 1.0 for name, _ in resident.clip.model.named_parameters()},
+        ema=None,
+        seed=0,
+        train_batch_norm=False,
+        clamp_scale=True,
+        with_ids=True,
+    )
+    loss = build_loss("clip", "share", 0.0)
+    module = ContrastiveModule(resident.clip.model, towers_of(resident.clip), loss, OptimConfig(lr=LR), plan)
+    with tempfile.TemporaryDirectory(prefix="clipft-bench-") as folder, step_clock(resident.ranks.device) as clock:
+        after = after_step(Path(folder), resident, plan)
+        batches: Any = [resident.batch] * plan.num_steps
+        loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is)
+        build_trainer(resident.ranks, None, after, after.saver).fit(module, loader)
+        after.saver.wait()
+    return clock()[:-1]
+
+
+def after_step(folder: Path, resident: Resident, plan: Plan) -> AfterStep:
+    """As a run has it, but that nothing is validated or saved before the last step."""
+
+    def say(_: str) -> None:
+        pass
+
+    chance = chance_loss("clip", plan.batch_size)
+    file = MetricsFile(folder / "metrics.csv", 0)
+    journal = Journal(file, [], say, batch_size=plan.batch_size, chance=chance, num_steps=plan.num_steps, first_step=0)
+    journal.draws = False
+    return AfterStep(
+        folder / "checkpoints",
+        journal,
+        saver=Saver(1, {}, say),
+        stop=StopRequest(),
+        ledger=Ledger(1.0, NEVER, "resident"),
+        skips=Skips(1, say),
+        every=Intervals(save=Every(steps=NEVER), evaluate=Every(steps=NEVER)),
+        validate=lambda: {"text_to_image_recall@1": 0.0, "image_to_text_recall@1": 0.0},
+        validate_first=False,
+        select="mean_recall@1",
+        patience=None,
+        best_is_lost=False,
+        lag=host_lag(resident.ranks),
+    )
+
+
+def plain(resident: Resident, steps: int) -> list[float]:
+    model = resident.clip.model
+    optimizer = torch.optim.AdamW(decayed(model), lr=LR, betas=(0.9, 0.98), eps=1e-6)
+
+    def features() -> tuple[Tensor, Tensor]:
+        image = model.encode_image(resident.pixels, normalize=True)
+        return image, model.encode_text(resident.full_tokens, normalize=True)
+
+    return loop(resident, features, optimizer, steps)
+
+
+def plain_with_our_encoders(resident: Resident, steps: int) -> list[float]:
+    """The maths of ours: cut captions, narrow last blocks, fused AdamW."""
+    model = resident.clip.model
+    optimizer = torch.optim.AdamW(decayed(model), lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+    def features() -> tuple[Tensor, Tensor]:
+        return encode_image(model, resident.pixels), encode_text(model, resident.batch.tokens, trim=False)
+
+    return loop(resident, features, optimizer, steps)
+
+
+def decayed(model: torch.nn.Module) -> list[dict]:
+    """open_clip's two groups: weight decay on what has two axes or more."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": 0.1},
+        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def loop(
+    resident: Resident, features: Callable[[], tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, steps: int
+) -> list[float]:
+    from open_clip import ClipLoss
+
+    model, loss = resident.clip.model, ClipLoss()
+    with step_clock(resident.ranks.device) as clock:
+        for _ in range(steps + 2):
+            optimizer.zero_grad()
+            with resident.ranks.autocast():
+                image, text = features()
+            loss(image.float(), text.float(), model.logit_scale.exp()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=4.6052)
+    return clock()[:-1]
+
+
+@contextmanager
+def step_clock(device: torch.device) -> Iterator[Callable[[], list[float]]]:
+    """A function that gives, after the block, the seconds between the ends of the optimizer steps inside it."""
+    marks: list = []
+
+    def mark(*_: object) -> None:
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(time.perf_counter())
+
+    def seconds() -> list[float]:
+        if device.type != "cuda":
+            return [after - before for before, after in pairwise(marks)]
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(marks)]
+
+    handle = register_optimizer_step_post_hook(mark)
+    try:
+        yield seconds
+    finally:
+        handle.remove()
