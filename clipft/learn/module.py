@@ -18,7 +18,6 @@ from clipft.learn.optimizer import (
     build_optimizer,
     gradient_norm,
     parameter_groups,
-    scale_gradients,
     set_options,
     skips_by_itself,
     trained_by,
@@ -91,6 +90,7 @@ class ContrastiveModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.towers, self.loss, self.optim, self.plan = model, towers, loss, optim, plan
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.step = 0  # completed steps; Lightning's global_step counts optimizer.step(), not what the data are at
         self.record: StepRecord | None = None
         self.average: Average | None = None
@@ -185,10 +185,10 @@ class ContrastiveModule(pl.LightningModule):
         that is not finite makes the gradients so too, and the scaler skips the step.
         """
         scaler = self._scaler()
-        norm = gradient_norm(self.model.parameters())
+        norm = gradient_norm(self.trained)
         if scaler is not None:
             norm = norm / scaler.get_scale()
-        scale_gradients(self.model.parameters(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        nn.utils.clip_grads_with_norm_(self.trained, max_norm, norm)
         return norm
 
     def averaged(self) -> AbstractContextManager[None]:

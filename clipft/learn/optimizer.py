@@ -109,9 +109,3 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Global 2-norm of the gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
-
-
-def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)

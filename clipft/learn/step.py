@@ -117,4 +117,13 @@ def gather_pairs(local: Pairs, counts: list[int], with_ids: bool) -> tuple[Pairs
 
 
 def seed_draws(seed: tuple[int, ...]) -> None:
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    """Starts the random draws of this process's devices; torch.manual_seed does so for all that there could be.
+
+    For a GPU that is not in use it writes down where it was called, which takes longer than a small model's loss.
+    """
+    number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
