@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipft.bench.report import Row, ratios, spread
 from clipft.bench.shards import draw_captions
 from clipft.config import Every, LossConfig, ModelConfig, OptimConfig
-from clipft.data.loader import Batch, as_it_is
+from clipft.data.loader import Batch
+from clipft.data.waiting import as_it_is
 from clipft.fit import build_trainer, host_lag, towers_of
 from clipft.learn.after_step import AfterStep, Intervals
 from clipft.learn.journal import Journal
