@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from clipft.model.blocks import is_plain
-from clipft.model.build import build
+from clipft.model.build import build, build_model
 from clipft.model.encode import (
     can_trim,
     encode_image,
@@ -149,7 +149,7 @@ AS_BUILT = {
 def vision(change: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
-    return build("vit", {"embed_dim": 24, "vision_cfg": VIT | change, "text_cfg": text}, {}).model.double().eval()
+    return build_model({"embed_dim": 24, "vision_cfg": VIT | change, "text_cfg": text}).double().eval()
 
 
 @pytest.mark.parametrize("kind", [*NARROWED, *AS_BUILT])
