@@ -1,6 +1,7 @@
 """A sweep, read from top to bottom: what is tried, where it lies, the trials, the table."""
 
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
@@ -97,7 +98,10 @@ def say_results(
     write_csv(folder / CSV, trials, metric)
     print_table(trials, metric)
     if axes and any(trial.value is not None for trial in trials):
-        plot(picture, trials, axes, str(folder), metric)
+        if find_spec("matplotlib"):
+            plot(picture, trials, axes, str(folder), metric)
+        else:
+            print("No picture of the sweep was made: that needs matplotlib (pip install matplotlib).")
     for trial in trials:
         if trial.status == "failed":
             print(f"trial {trial.number} failed ({' '.join(trial.words())}): {trial.error}")

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from clipft.sweep.grid import Grid
 from clipft.sweep.plot import draw_panel, plot
 from clipft.sweep.results import best_first, command_of, print_table, write_csv
+from clipft.sweep.run import say_results
 from clipft.sweep.show import Show
 from clipft.sweep.space import parse_axes
 from clipft.sweep.trial import Trial, best_of, failed
@@ -143,6 +145,16 @@ def test_a_picture_has_a_panel_for_each_parameter(tmp_path, keys):
     width, height = (int.from_bytes(raw[start : start + 4]) for start in (16, 20))
     assert raw[1:4] == b"PNG" and width == pytest.approx(min(keys, 3) * 4.4 * 130, abs=2)
     assert height == pytest.approx((math.ceil(keys / 3) * 3.6 + 0.8) * 130, abs=2)
+
+
+def test_without_matplotlib_there_is_a_table_and_a_word_about_the_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    axes = parse_axes(["loss.name=siglip,clip"], None)
+    grid = Grid(tmp_path, [TRIALS[0].params])
+    grid.tell(TRIALS[0])
+    say_results(grid, tmp_path, axes, "mean_recall@1", "train.py", [])
+    assert "needs matplotlib (pip install matplotlib)" in capsys.readouterr().out
+    assert (tmp_path / "results.csv").exists() and not (tmp_path / "results.png").exists()
 
 
 def test_results_csv_is_up_to_date_and_a_closed_terminal_ends_nothing(tmp_path, monkeypatch):
