@@ -120,10 +120,10 @@ def by_open_clip(b: int, batch: int, width: int, device: torch.device, local_los
     def gathered(image: Tensor, text: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         return torch.cat([image, rest[0]]), torch.cat([text, rest[1]])
 
-    def work() -> None:
+    def work() -> tuple[Tensor, ...]:
         original, module.gather_features = module.gather_features, gathered
         try:
-            torch.autograd.grad(loss(*mine, scale), [*mine, *(part for part in rest if len(part)), scale])
+            return torch.autograd.grad(loss(*mine, scale), [*mine, *(part for part in rest if len(part)), scale])
         finally:
             module.gather_features = original
 

@@ -70,11 +70,12 @@ def command() -> str:
 
 
 def machine() -> Row:
-    """Date, processor, memory, GPU and versions."""
+    """Date, processor, GPU and versions."""
     found = {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu_name(),
     }
     found |= {"omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "python": platform.python_version()}
     return found | {"versions": {name: version_of(name) for name in PACKAGES}}
