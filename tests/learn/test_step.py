@@ -18,7 +18,7 @@ from clipft.data.order import rank_slice
 from clipft.learn.gather import gather_known_rows, gather_rows, rank, world
 from clipft.learn.losses import LocalGradients, Pairs, build_loss
 from clipft.learn.step import Tower, Towers, contrastive_backward, gather_pairs
-from clipft.model.build import build
+from clipft.model.build import build_model
 from clipft.model.encode import encode_image, encode_text, to_float
 from clipft.model.names import architecture_cfg
 
@@ -89,7 +89,7 @@ def small_case(dropout: float = 0.0) -> Case:
 def clip_case(model_cfg: dict) -> Case:
     """A CLIP of open_clip; the oracle encodes with open_clip's own methods, which do not cut captions."""
     torch.manual_seed(0)
-    model = build("case", {**model_cfg, "init_logit_bias": -3.0}, {}).model.train()
+    model = build_model({**model_cfg, "init_logit_bias": -3.0}).train()
     length, end = model.context_length, model_cfg["text_cfg"]["vocab_size"] - 1
     tokens = torch.zeros(BATCH, length, dtype=torch.long)
     for i, row in enumerate(tokens):
