@@ -308,6 +308,8 @@ class TrainConfig:
     """Order, captions, augmentation and random weights follow from it."""
     batch_norm: str = "frozen"
     """BatchNorm statistics: frozen, or train (one device, one micro-batch: they depend on how a batch is cut)."""
+    cache_features: bool = False
+    """Make a locked tower's features once, on disk for all runs (equal to rounding); images need data.augment=none."""
     max_skipped: int = 10
     """Stop after this many steps in a row whose gradients were not finite; each of them is skipped."""
     max_time: str | None = None
@@ -412,6 +414,16 @@ class Config:
     def __post_init__(self):
         one_of("resume", self.resume, ("auto", "force", "restart"))
         one_of("logger", self.logger, ("none", "wandb", "tensorboard"))
+        if self.train.cache_features and all(rule["lr_mult"] for rule in self.tune.rules):
+            raise ValueError(
+                "train.cache_features=true would be ignored: no rule of tune.rules freezes anything (lr_mult: 0). Use "
+                "tune=lit, or leave it out."
+            )
+        if self.train.cache_features and self.trainer.precision == "64-true":
+            raise ValueError(
+                "train.cache_features=true keeps features in 32 bits, and trainer.precision=64-true wants more. Leave "
+                "one of them out."
+            )
 
 
 @dataclass(kw_only=True)

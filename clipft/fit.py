@@ -1,13 +1,14 @@
 """The steps of a run: its parts joined to Lightning's Trainer, from the state that was found to the end or a stop."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jaxtyping import Float, Int64, UInt8
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.loggers import Logger
@@ -17,7 +18,8 @@ from torch import Tensor
 from clipft.capacity import out_of_memory
 from clipft.config import Config, Every, parse_every
 from clipft.data.augment import Augment
-from clipft.data.loader import train_loader
+from clipft.data.kept import Kept
+from clipft.data.loader import Batch, train_loader
 from clipft.data.mix import Mix
 from clipft.data.order import Order
 from clipft.data.pairs import Units
@@ -62,6 +64,8 @@ class Job:
     """Of the learning rate, by parameter."""
     micro_batch: int
     meta: dict[str, Any]
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """Features of locked towers, by tower (train.cache_features)."""
 
 
 def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop: StopRequest) -> bool:
@@ -199,6 +203,7 @@ def batches(
         workers=workers,
         pin=ranks.device.type == "cuda",
         wait=replace(measure.wait, leave=leave),
+        kept=job.kept,
     )
 
 
@@ -271,18 +276,28 @@ def switch_off_stop_broadcast(trainer: pl.Trainer) -> None:
 
 
 def towers_of(clip: Clip) -> Towers:
-    """Both encoders, with normalisation of pixels on the device."""
-    mean, std = clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]
+    """Both encoders; features that a batch brings along are taken as they are."""
+
+    def image(batch: Batch) -> Tensor:
+        return see(clip, batch.pixels) if batch.image is None else batch.image
+
+    def text(batch: Batch) -> Tensor:
+        return read(clip, batch.tokens) if batch.text is None else batch.text
+
     return Towers(
-        image=Tower(
-            lambda batch: encode_image(clip.model, to_float(batch.pixels, mean, std)),
-            trained=not is_frozen(clip.model, "image"),
-        ),
-        text=Tower(
-            lambda batch: encode_text(clip.model, batch.tokens, trim=False),  # the loader has cut the tokens
-            trained=not is_frozen(clip.model, "text"),
-        ),
+        image=Tower(image, trained=not is_frozen(clip.model, "image")),
+        text=Tower(text, trained=not is_frozen(clip.model, "text")),
     )
+
+
+def see(clip: Clip, pixels: UInt8[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+    """Features of images, whose pixels are normalised on the device."""
+    return encode_image(clip.model, to_float(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]))
+
+
+def read(clip: Clip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b D"]:
+    """Features of captions, whose tokens the loader has cut."""
+    return encode_text(clip.model, tokens, trim=False)
 
 
 def tokenizer(clip: Clip, trim: bool):

@@ -5,7 +5,8 @@ import json
 import platform
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,15 +50,8 @@ class Measure:
     wait: Wait
 
     def __call__(self, task: Task) -> Evaluation:
-        try:
+        with naming_memory(f"{task.name} was measured", self.batch_size):
             return self._evaluate(task)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunFailed(
-                f"memory ran out while {task.name} was measured with {self.batch_size} images or texts at a time. "
-                f"Use a smaller eval.batch_size (batch_size= of clipft evaluate); the result is the same."
-            ) from error
 
     def _evaluate(self, task: Task) -> Evaluation:
         evaluation = evaluate_task(
@@ -74,6 +68,20 @@ class Measure:
         )
         check_dropped(evaluation, self.max_bad_frac)
         return evaluation
+
+
+@contextmanager
+def naming_memory(what: str, batch_size: int) -> Iterator[None]:
+    """Inside it memory that runs out is a RunFailed, with what was done and what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            f"memory ran out while {what} with {batch_size} images or texts at a time. Use a smaller eval.batch_size "
+            "(batch_size= of clipft evaluate); the result is the same."
+        ) from error
 
 
 def build_measure(
@@ -185,11 +193,11 @@ def describe_run(config: Config, splits: Splits, order: Order, steps: Steps, cli
     }
 
 
-def code_hash() -> str:
-    """sha256 over clipft's own source files."""
+def code_hash(*packages: str) -> str:
+    """sha256 over clipft's own source files, or those of these packages of it."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for each in packages or (".",) for path in (root / each).rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 

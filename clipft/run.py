@@ -20,6 +20,7 @@ from clipft.data.split import load_splits
 from clipft.data.waiting import Wait
 from clipft.files import replace_file
 from clipft.fit import Job, ending, fit, is_over, reached, set_bias, towers_of
+from clipft.frozen import kept_features, make_features
 from clipft.judge.evaluate import build_task, judge
 from clipft.judge.samples import sample_retrievals
 from clipft.judge.table import print_results
@@ -91,6 +92,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     job = Job(config, folder, units, order, steps, measure, augment, multipliers, micro, meta)
     if new_bias and trained and not found.step:
         clip.notes.append(set_bias(job))
+    over = is_over(config, steps, found)
+    job = job if over else replace(job, kept=kept_features(job, found.path))
     validate = validation(splits, measure, config.eval.select)
     tasks = report_tasks(config, splits, clip)
     plan = plan_lines(config, splits, order, steps, clip, ranks, multipliers, trim, micro, found.step)
@@ -103,7 +106,9 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     loggers = build_loggers(config, folder) if ranks.first else []
     if config.eval.base and first_to_all(ranks, lambda: "base" not in read_results(folder)):
         record(folder, ranks, "base", [(split, measure(task)) for split, task in tasks], meta)
-    if not is_over(config, steps, found) and fit(job, validate, found, loggers, stop):
+    if not over:
+        make_features(job, stop)
+    if not over and fit(job, validate, found, loggers, stop):
         if ranks.first:
             write_results(folder, read_results(folder) | {"meta": meta | reached(job)})
         return STOPS[stop.agreed]

@@ -26,6 +26,7 @@ FREE = (
     "logger",
     "model.grad_checkpointing",
     "train.micro_batch",
+    "train.cache_features",
     "train.max_time",
     "train.max_skipped",
     "data.max_bad_frac",

@@ -8,7 +8,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "clipft"
 # Imports point from a later place to an earlier one, or stay within one.
 ORDER = ["config", "conf_files", "files", "report", "data", "model", "learn", "judge", "ship", "guide", "encoder"]
-ORDER += ["examples", "rundir", "ranks", "plan", "capacity", "measure", "fit", "run", "rank", "launch", "arguments"]
+ORDER += [
+    "examples",
+    "rundir",
+    "ranks",
+    "plan",
+    "capacity",
+    "measure",
+    "fit",
+    "frozen",
+    "run",
+    "rank",
+    "launch",
+    "arguments",
+]
 ORDER += ["sweep", "cli", "bench"]
 PURE = {
     "learn/losses.py",

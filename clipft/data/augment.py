@@ -30,6 +30,11 @@ class Augment:
     resize_mode: str
     fill: tuple[int, int, int]
 
+    @property
+    def is_random(self) -> bool:
+        """Whether an image comes out otherwise another time."""
+        return self.crop_min < 1 or self.affine_degrees > 0 or self.flip_prob > 0
+
 
 @dataclass(frozen=True)
 class Box:

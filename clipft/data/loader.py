@@ -1,11 +1,11 @@
 """Samples to batches: one request is one global step, its answer this rank's slice of that step."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -14,14 +14,17 @@ from clipft.data.augment import Augment, apply_augment
 from clipft.data.caption import caption_id, group_id, group_of, hash_id, only_words, written_captions
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
+from clipft.data.kept import Kept
 from clipft.data.order import Order, rank_slice, rng_for
 from clipft.data.pairs import Units
 from clipft.data.sample import IMAGE_KINDS, BadSample, failing_at, image_of
 from clipft.data.waiting import NOTHING, InFlight, Wait, WaitingLoader, in_order
 
 CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
-READ = (*IMAGE_KINDS, "json", "txt")
+TEXT = ("json", "txt")
+READ = (*IMAGE_KINDS, *TEXT)
 WAIT = Wait()
+NONE_KEPT: Mapping[str, Kept] = {}
 
 Tokenize = Callable[[list[str]], Int64[Tensor, "b L"]]
 
@@ -38,6 +41,10 @@ class Batch:
     keys: list[str]
     bad: dict[int, str]
     """Row that is not valid -> reason."""
+    image: Float[Tensor, "b D"] | None = None
+    """Unit features, where they are kept and not made from pixels, which have no extent then."""
+    text: Float[Tensor, "b D"] | None = None
+    """Likewise, in place of tokens."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,8 +62,8 @@ class Batch:
         return [self._rows(slice(start, start + rows)) for start in range(0, len(self.keys), rows)]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        names = ("pixels", "tokens", "valid", "ids")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
     def _rows(self, rows: slice) -> "Batch":
         bad = {row - rows.start: reason for row, reason in self.bad.items() if rows.start <= row < rows.stop}
@@ -76,6 +83,18 @@ class Steps(Sampler[int]):
         return self.stop
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A pair as a batch takes it."""
+
+    pixels: UInt8[Tensor, "3 S S"] | None
+    """Augmented; None where the image's feature is kept."""
+    caption: str
+    id: int
+    features: dict[str, Float32[np.ndarray, " D"]]
+    """Those that are kept, by tower."""
+
+
 @dataclass
 class TrainSteps(Dataset[Batch]):
     """Item s is this rank's slice of global step s, a pure function of s."""
@@ -92,13 +111,16 @@ class TrainSteps(Dataset[Batch]):
     rank: int
     world: int
     in_flight: InFlight
+    kept: Mapping[str, Kept]
+    """Features of locked towers, by tower."""
 
     def __getitem__(self, step: int) -> Batch:
         epochs, units = self.order.batch(step)
         mine = rank_slice(len(units), self.rank, self.world)
         epochs, units = epochs[mine], units[mine]
-        side = self.augment.size
+        side = 0 if "image" in self.kept else self.augment.size
         pixels = torch.zeros(len(units), 3, side, side, dtype=torch.uint8)
+        features = {tower: torch.zeros(len(units), kept.width) for tower, kept in self.kept.items()}
         captions = [""] * len(units)
         ids = -1 - torch.from_numpy(units)
         keys = [self.units.key(u) for u in units.tolist()]
@@ -107,27 +129,34 @@ class TrainSteps(Dataset[Batch]):
             self.in_flight.note(u)
             try:
                 with failing_at(lambda u=u: self.key(u)):
-                    pixels[row], captions[row], ids[row] = self.load(epoch, u)
+                    found = self.load(epoch, u)
             except BadSample as error:
                 bad[row] = error.reason
+                continue
+            captions[row], ids[row] = found.caption, found.id
+            for tower, feature in found.features.items():
+                features[tower][row] = torch.from_numpy(feature.copy())
+            if found.pixels is not None:
+                pixels[row] = found.pixels
         self.in_flight.note(NOTHING)
         valid = torch.tensor([row not in bad for row in range(len(units))])
         return Batch(
             pixels=pixels,
-            tokens=self.tokenize(captions).long(),
+            tokens=torch.zeros(len(units), 0).long() if "text" in self.kept else self.tokenize(captions).long(),
             valid=valid,
             ids=ids,
             keys=keys,
             bad=bad,
+            **features,
         )
 
     def key(self, u: int) -> str:
         return self.units.key(u)
 
-    def load(self, epoch: int, u: int) -> tuple[UInt8[Tensor, "3 S S"], str, int]:
-        """Augmented pixels, the caption and the id."""
+    def load(self, epoch: int, u: int) -> Loaded:
         i, number = self.units.at(u)
-        members = self.units.samples.read(i, READ)
+        needs_image = "image" not in self.kept or self.positives == "image"
+        members = self.units.samples.read(i, READ if needs_image else TEXT)
         captions = written_captions(members, self.text_errors)
         if number is None:
             number = int(rng_for(self.seed, epoch, u, CAPTION_STREAM).integers(len(captions)))
@@ -135,8 +164,12 @@ class TrainSteps(Dataset[Batch]):
             raise BadSample("no_caption")
         caption = only_words(captions[number])
         found = self.id_of(u, members, caption)
+        features = {tower: kept.feature(i, number) for tower, kept in self.kept.items()}
+        if "image" in self.kept:
+            return Loaded(None, caption, found, features)
         pixels = decode_rgb(image_of(members), self.max_pixels)
-        return apply_augment(self.augment, pixels, rng_for(self.seed, epoch, u, AUGMENT_STREAM)), caption, found
+        pixels = apply_augment(self.augment, pixels, rng_for(self.seed, epoch, u, AUGMENT_STREAM))
+        return Loaded(pixels, caption, found, features)
 
     def id_of(self, u: int, members: dict[str, bytes], caption: str) -> int:
         """What rows that belong together share, by `loss.positives`; a sample without group stands alone."""
@@ -169,6 +202,7 @@ def train_loader(
     workers: int,
     pin: bool,
     wait: Wait = WAIT,
+    kept: Mapping[str, Kept] = NONE_KEPT,
 ) -> WaitingLoader:
     """This rank's slices of the global steps start_step to num_steps - 1, in order; len() is num_steps."""
     rank_slice(len(order.batch(start_step)[1]), rank, world)  # raises for a batch that the units or ranks cannot fill
@@ -185,6 +219,7 @@ def train_loader(
         rank=rank,
         world=world,
         in_flight=InFlight(workers),
+        kept=kept,
     )
     steps = Steps(start_step, num_steps)
     return in_order(dataset, steps, dataset.in_flight, dataset.key, wait, workers, pin)

@@ -34,6 +34,15 @@ class Units:
         i = int(np.searchsorted(self.ends, u, side="right"))
         return i, u - int(self.ends[i - 1]) if i else u
 
+    def number(self, i: int, caption: int) -> int:
+        """The unit of this sample and caption; BadSample where so many were not found when they were counted."""
+        if self.ends is None:
+            return i
+        u = caption + (int(self.ends[i - 1]) if i else 0)
+        if u >= self.ends[i]:
+            raise BadSample("read_error")
+        return u
+
     def per_shard(self) -> Int64[np.ndarray, " shards"]:
         """Units of each shard; the units lie in the order of the shards."""
         counts = np.ones(len(self.samples)) if self.ends is None else np.diff(self.ends, prepend=0)
