@@ -85,6 +85,7 @@ class Kept:
         content = np.array(reasons, f"S{REASON_BYTES}").tobytes() + features.astype("<f4").tobytes()
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.path(part), hashlib.sha256(content).digest() + content)
+        open_part.cache_clear()  # it may hold what was there before
 
     def feature(self, i: int, number: int) -> Float32[np.ndarray, " D"]:
         """That of sample i, of its caption `number` for a text tower; BadSample where it has none."""

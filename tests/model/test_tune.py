@@ -7,11 +7,13 @@ import torch
 from omegaconf import OmegaConf
 from small import MODEL_CFG, RESNET_CFG
 
+from clipft.capacity import full_length_batch
 from clipft.config import LayerDecayConfig, LossConfig, OptimConfig, TuneConfig
+from clipft.fit import towers_of
 from clipft.learn.module import freeze_fixed, train_mode
 from clipft.learn.optimizer import build_optimizer
 from clipft.model.build import build
-from clipft.model.groups import groups_of
+from clipft.model.groups import TOWERS, groups_of, tower_modules
 from clipft.model.tune import freeze, lr_multipliers, tune_table
 
 CONF = Path(__file__).parent.parent.parent / "conf" / "tune"
@@ -176,6 +178,31 @@ def test_what_is_frozen_costs_no_gradient_and_no_optimizer_memory_and_stays_as_i
     last = {key for key in before if key.startswith("visual.layer4.0.") and ("running" in key or "num_bat" in key)}
     assert statistics == (set() if name == "lit" else last)
     assert any("transformer" in key for key in moved)
+
+
+@pytest.mark.parametrize("locked", TOWERS)
+@pytest.mark.parametrize("model_cfg", [DEEP, RESNET_CFG])
+def test_a_locked_tower_keeps_no_activation_and_is_in_evaluation_mode(locked, model_cfg):
+    """All its dropout and BatchNorm with it; the other tower trains."""
+    clip = build("locked", model_cfg, {})
+    freeze(clip.model, lr_multipliers(clip.model, rules((locked, 0.0), ("*", 1.0))))
+    train_mode(clip.model, batch_norm=True)
+    modes = {
+        tower: {part.training for top in tower_modules(clip.model, tower) for part in top.modules()} for tower in TOWERS
+    }
+    assert modes == {tower: {tower != locked} for tower in TOWERS}
+    towers, batch = towers_of(clip), full_length_batch(clip, 2)
+    kept = dict.fromkeys(TOWERS, 0)
+    for tower in TOWERS:
+
+        def keep(tensor: torch.Tensor, tower: str = tower) -> torch.Tensor:
+            kept[tower] += 1
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            features = getattr(towers, tower).features(batch, graph=True)
+        assert features.requires_grad == (tower != locked)
+    assert kept.pop(locked) == 0 and all(kept.values())
 
 
 def test_no_backward_runs_below_the_lowest_trained_block():
