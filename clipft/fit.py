@@ -279,10 +279,10 @@ def towers_of(clip: Clip) -> Towers:
     """Both encoders; features that a batch brings along are taken as they are."""
 
     def image(batch: Batch) -> Tensor:
-        return see(clip, batch.pixels) if batch.image is None else batch.image
+        return image_features(clip, batch.pixels) if batch.image is None else batch.image
 
     def text(batch: Batch) -> Tensor:
-        return read(clip, batch.tokens) if batch.text is None else batch.text
+        return text_features(clip, batch.tokens) if batch.text is None else batch.text
 
     return Towers(
         image=Tower(image, trained=not is_frozen(clip.model, "image")),
@@ -290,12 +290,12 @@ def towers_of(clip: Clip) -> Towers:
     )
 
 
-def see(clip: Clip, pixels: UInt8[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+def image_features(clip: Clip, pixels: UInt8[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
     """Features of images, whose pixels are normalised on the device."""
     return encode_image(clip.model, to_float(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]))
 
 
-def read(clip: Clip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b D"]:
+def text_features(clip: Clip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b D"]:
     """Features of captions, whose tokens the loader has cut."""
     return encode_text(clip.model, tokens, trim=False)
 

@@ -22,19 +22,20 @@ from clipft.data.progress import Progress
 from clipft.data.sides import Side, images_of, side_batches, texts_of
 from clipft.data.waiting import naming_lost_workers
 from clipft.files import user_cache
-from clipft.fit import Job, read, see, tokenizer
+from clipft.fit import Job, image_features, text_features, tokenizer
 from clipft.judge.evaluate import evaluating
 from clipft.learn.gather import all_objects
 from clipft.learn.stop import STOPS, StopRequest
 from clipft.measure import PACKAGES, Measure, code_hash, naming_memory
 from clipft.model.build import description
 from clipft.model.groups import NO_TOWER, TOWERS, is_frozen
+from clipft.model.towers import of_transformers
 from clipft.ranks import first_to_all
 from clipft.report import RunFailed, tell
 
 NOUNS = {"image": "images", "text": "captions"}
 MAKERS = ("data", "model")  # our code that decides what a feature is
-READERS = ("Pillow", "simplejpeg")  # and that of others, beside PACKAGES
+READERS = ("Pillow", "simplejpeg", "ftfy")  # and that of others, beside PACKAGES
 
 
 def locked_towers(config: Config, model: nn.Module, augment: Augment) -> list[str]:
@@ -76,6 +77,7 @@ def place_of(tower: str, job: Job) -> Kept:
     units, seen = Units(job.units.samples, None), [str(job.augment), config.data.max_pixels]
     if tower == "text":
         units, seen = build_units(units.samples, "all", config.data.text_errors), [config.data.text_errors]
+    packages = [*PACKAGES, *READERS, *(["transformers"] if of_transformers(clip.model_cfg) else [])]
     facts = {
         "tower": tower,
         "model": description(clip),
@@ -84,7 +86,7 @@ def place_of(tower: str, job: Job) -> Kept:
         "seen": seen,
         # Another number of rows at a time is another order of sums.
         "encoded": [ranks.precision, ranks.device.type, job.measure.batch_size, job.measure.trim],
-        "code": [code_hash(*MAKERS), *(version(name) for name in (*PACKAGES, *READERS))],
+        "code": [code_hash(*MAKERS), *(version(name) for name in packages)],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Kept(user_cache() / "features" / digest[:32], units, clip.model_cfg["embed_dim"])
@@ -150,11 +152,11 @@ def make_features(job: Job, stop: StopRequest) -> None:
     for tower, kept in job.kept.items():
         if tower == "image":
             side = images_of(kept.units, job.augment, config.data.max_pixels)
-            encode = partial(see, clip)
+            encode = partial(image_features, clip)
         else:
             side = texts_of(kept.units, tokenizer(clip, job.measure.trim), config.data.text_errors)
-            encode = partial(read, clip)
-        maker = Maker(kept, side, encode, job.measure, stop, f"features of {NOUNS[tower]} were made")
+            encode = partial(text_features, clip)
+        maker = Maker(kept, side, encode, job.measure, stop, NOUNS[tower])
         maker.make(ranks.rank, ranks.world)
         if ranks.world > ranks.local_world:  # another machine may keep its own on a disk of its own
             maker.make(ranks.rank % ranks.local_world, ranks.local_world)
@@ -173,7 +175,7 @@ class Maker:
     encode: Callable[[Tensor], Tensor]
     measure: Measure
     stop: StopRequest
-    doing: str
+    noun: str
 
     def make(self, number: int, of: int) -> None:
         """Makes the parts number, number + of, ... that are not whole; the ranks go from part to part together."""
@@ -183,7 +185,7 @@ class Maker:
         loader = side_batches(self.side, [each for part in batches for each in part], size, workers, wait)
         inputs = iter(loader) if missing else iter(())
         total = sum(len(self.kept.rows_of(part)) for part in missing)
-        progress = Progress(self.doing, f"{'of this rank ' if of > 1 else ''}made", total)
+        progress = Progress(f"features of {self.noun}", self.noun if of == 1 else f"{self.noun} of rank 0", total)
         for turn in range(max(all_objects(len(missing)))):
             if turn < len(missing):
                 with naming_lost_workers(loader):
@@ -203,7 +205,7 @@ class Maker:
         with evaluating(clip.model), torch.inference_mode():
             for batch in batches:
                 rows, why = next(inputs)
-                with naming_memory(self.doing, self.measure.batch_size), ranks.autocast():
+                with naming_memory(f"features of {self.noun} were made", self.measure.batch_size), ranks.autocast():
                     found = self.encode(rows.to(ranks.device))
                 features.append(found[: len(batch)].cpu().numpy())
                 reasons += why
@@ -215,5 +217,5 @@ class Maker:
         wishes = [wish for wish in all_objects(self.stop.wish()) if wish]
         if wishes:
             self.stop.agreed = wishes[0]
-            tell(stopped=0, reason=wishes[0])
+            tell(reason=wishes[0])
             raise SystemExit(STOPS[wishes[0]])

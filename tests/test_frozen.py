@@ -105,9 +105,9 @@ def test_otherwise_it_is_that_run_up_to_rounding(root, cache, rules, captions):
 def test_nothing_is_decoded_or_encoded_twice(root, cache, monkeypatch):
     """Of a tower that is locked, in epochs and in the next run; what is measured is another matter."""
     seen: list[int] = []
-    see = frozen.see
-    monkeypatch.setattr(frozen, "see", lambda clip, pixels: seen.append(len(pixels)) or see(clip, pixels))
-    monkeypatch.setattr("clipft.fit.see", None)  # of the steps
+    encode = frozen.image_features
+    monkeypatch.setattr(frozen, "image_features", lambda clip, pixels: seen.append(len(pixels)) or encode(clip, pixels))
+    monkeypatch.setattr("clipft.fit.image_features", None)  # of the steps
     given = (LIT, PLAIN, KEEP, "train.micro_batch=8")  # else it would be tried
     config = config_of(root, "once", *given, "train.max_steps=15")
     assert train_here(config)[0] == 0
@@ -172,7 +172,7 @@ def test_kept_features_are_those_that_each_image_has_alone(root, cache, monkeypa
         except BadSample:
             continue
         with torch.no_grad():
-            alone = frozen.see(clip, pixels[None])[0]
+            alone = frozen.image_features(clip, pixels[None])[0]
         torch.testing.assert_close(torch.from_numpy(kept.feature(i, 0).copy()), alone, rtol=0, atol=1e-6)
         found += 1
     assert found == 37

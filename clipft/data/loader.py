@@ -135,7 +135,7 @@ class TrainSteps(Dataset[Batch]):
                 continue
             captions[row], ids[row] = found.caption, found.id
             for tower, feature in found.features.items():
-                features[tower][row] = torch.from_numpy(feature.copy())
+                features[tower][row] = torch.from_numpy(feature.copy())  # torch warns of memory that it must not write
             if found.pixels is not None:
                 pixels[row] = found.pixels
         self.in_flight.note(NOTHING)

@@ -192,7 +192,7 @@ def test_a_locked_tower_keeps_no_activation_and_is_in_evaluation_mode(locked, mo
     }
     assert modes == {tower: {tower != locked} for tower in TOWERS}
     towers, batch = towers_of(clip), full_length_batch(clip, 2)
-    kept = dict.fromkeys(TOWERS, 0)
+    kept: dict[str, int] = {tower: 0 for tower in TOWERS}
     for tower in TOWERS:
 
         def keep(tensor: torch.Tensor, tower: str = tower) -> torch.Tensor:
