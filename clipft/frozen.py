@@ -177,12 +177,17 @@ class Maker:
     stop: StopRequest
     noun: str
 
+    @property
+    def size(self) -> int:
+        """Rows that are encoded at a time."""
+        return min(self.measure.batch_size, self.kept.part_rows, len(self.kept.units))
+
     def make(self, number: int, of: int) -> None:
         """Makes the parts number, number + of, ... that are not whole; the ranks go from part to part together."""
         missing = [part for part in range(number, self.kept.num_parts, of) if not self.kept.is_whole(part)]
         batches = [self.batches_of(part) for part in missing]
-        size, workers, wait = self.measure.batch_size, self.measure.workers, self.measure.wait
-        loader = side_batches(self.side, [each for part in batches for each in part], size, workers, wait)
+        every, workers, wait = [each for part in batches for each in part], self.measure.workers, self.measure.wait
+        loader = side_batches(self.side, every, self.size, workers, wait)
         inputs = iter(loader) if missing else iter(())
         total = sum(len(self.kept.rows_of(part)) for part in missing)
         progress = Progress(f"features of {self.noun}", self.noun if of == 1 else f"{self.noun} of rank 0", total)
@@ -194,8 +199,8 @@ class Maker:
         progress.end()
 
     def batches_of(self, part: int) -> list[range]:
-        rows, size = self.kept.rows_of(part), self.measure.batch_size
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        rows = self.kept.rows_of(part)
+        return [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
 
     def encoded(
         self, inputs: Iterator[Any], batches: list[range], progress: Progress
@@ -205,7 +210,7 @@ class Maker:
         with evaluating(clip.model), torch.inference_mode():
             for batch in batches:
                 rows, why = next(inputs)
-                with naming_memory(f"features of {self.noun} were made", self.measure.batch_size), ranks.autocast():
+                with naming_memory(f"features of {self.noun} were made", self.size), ranks.autocast():
                     found = self.encode(rows.to(ranks.device))
                 features.append(found[: len(batch)].cpu().numpy())
                 reasons += why

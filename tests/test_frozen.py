@@ -112,10 +112,10 @@ def test_nothing_is_decoded_or_encoded_twice(root, cache, monkeypatch):
     config = config_of(root, "once", *given, "train.max_steps=15")
     assert train_here(config)[0] == 0
     made = parts_in(cache)
-    assert seen == [256] * 4 and len(made) == 4
+    assert seen == [10] * 4 and len(made) == 4
     for name, other in (("lower", "optim.lr=1e-4"), ("seeded", "train.seed=1"), ("larger", "train.batch_size=10")):
         assert train_here(config_of(root, name, *given, other))[0] == 0
-    assert seen == [256] * 4 and parts_in(cache) == made
+    assert seen == [10] * 4 and parts_in(cache) == made
 
 
 def test_features_of_other_weights_data_pixels_or_precision_are_others(root, cache, tmp_path):
