@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clipft import config as config_module
 from clipft.conf_files import data_folder, yaml_names
+from clipft.data.remote.addresses import is_remote, refuse_secrets
 from clipft.model.names import architecture_cfg, architecture_files, closest
 from clipft.model.sources import kind_of
 from clipft.model.towers import check_towers
@@ -19,7 +20,7 @@ from clipft.model.towers import check_towers
 DATA_TEXT = tuple(f"data.{field}" for field in ("name", "path", "train", "val", "test"))
 PACK_TEXT = ("source", "out", "root", "csv.delimiter", "split.by", "columns.image", "columns.label", "columns.split")
 FREE_TEXT = (
-    *("name", "runs_dir", "run", "model.name", "model.pretrained", "columns.caption"),
+    *("data.cache_dir", "name", "runs_dir", "run", "model.name", "model.pretrained", "columns.caption"),
     *DATA_TEXT,
     *PACK_TEXT,
 )
@@ -180,6 +181,8 @@ def rewrite(key: str, value: str, sweeps: bool) -> list[str]:
         return [f"{key}={value}"]
     if key == "model":
         return model_overrides(value)
+    if key == "data" or key in DATA_TEXT:
+        refuse_secrets(key, value)  # before anything shows the config
     if key == "data":
         return data_overrides(value)
     if key in ("tune", "experiment"):
@@ -207,6 +210,8 @@ def model_overrides(value: str) -> list[str]:
 
 def data_overrides(value: str) -> list[str]:
     value = value.strip("'\"")
+    if is_remote(value):
+        return [f"data.path={quoted(value)}"]
     if value in yaml_names("data"):
         return [f"data={value}"]
     path = data_folder(value)

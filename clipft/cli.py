@@ -20,7 +20,8 @@ from clipft.arguments import (
     to_overrides,
 )
 from clipft.conf_files import conf_dirs, yaml_names
-from clipft.config import Config, EvaluateConfig, ExportConfig, PackConfig, VerifyConfig
+from clipft.config import Config, EvaluateConfig, ExportConfig, IndexConfig, PackConfig, VerifyConfig
+from clipft.data.remote.addresses import ALLOW_PIPE
 from clipft.learn.stop import STOPPED
 from clipft.model.listing import list_models
 from clipft.model.names import architecture_names
@@ -85,12 +86,30 @@ def main(arguments: list[str] | None = None) -> int:
         if name is None or {"-h", "--help"} & set(rest):
             print(help_text(name))
             return 0
+        heed_pipes(rest)
         return compose(COMMANDS[name], rest)
     except (ValueError, OSError, RunFailed) as error:
         if os.environ.get("CLIPFT_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RunFailed) else 2
+
+
+def heed_pipes(arguments: list[str]) -> None:
+    """Lets this process and those that it starts run the commands of pipe: sources where the command line says so."""
+    os.environ.pop(ALLOW_PIPE, None)
+    if "data.allow_pipe=true" in (argument.lower() for argument in arguments):
+        os.environ[ALLOW_PIPE] = "1"
+
+
+def refuse_pipes_from_files(config: Any) -> None:
+    """Raises where a file, and not the command line, allows commands: a config that comes with data could do so."""
+    data = getattr(config, "data", None)
+    if data is not None and data.allow_pipe and ALLOW_PIPE not in os.environ:
+        raise ValueError(
+            "data.allow_pipe=true stands in a YAML file, where it is not heard. If the commands are yours, write "
+            "data.allow_pipe=true on the command line."
+        )
 
 
 def split_command(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -144,7 +163,9 @@ def compose(command: Command, arguments: list[str]) -> int:
 
     def job(node: Any) -> None:
         try:
-            codes.append(command.job(OmegaConf.to_object(node)))
+            config = OmegaConf.to_object(node)
+            refuse_pipes_from_files(config)
+            codes.append(command.job(config))
         except (ValueError, OSError, RunFailed, OmegaConfBaseException) as error:  # Hydra would print its own text too
             errors.append(error)
         if codes and codes[-1] in STOPPED:
@@ -284,6 +305,15 @@ def pack(config: PackConfig) -> int:
     return 0
 
 
+def index(config: IndexConfig) -> int:
+    from clipft.data import indexing
+    from clipft.plan import make_toy_data
+
+    make_toy_data(config.data)
+    print(indexing.describe(indexing.index(config.data)))
+    return 0
+
+
 def verify(config: VerifyConfig) -> int:
     from clipft.data import verify as module
     from clipft.plan import make_toy_data
@@ -300,5 +330,6 @@ COMMANDS = {
     "evaluate": Command(EvaluateConfig, "evaluate", evaluate, "measure a model on a data set"),
     "export": Command(ExportConfig, "export", export, "write a run's weights as files that open_clip loads"),
     "data pack": Command(PackConfig, "pack", pack, "write WebDataset shards from what you have", PACKING),
+    "data index": Command(IndexConfig, "index", index, "find out what shards hold, before a run needs to know"),
     "data verify": Command(VerifyConfig, "verify", verify, "read a data set whole: is it as it was written"),
 }

@@ -21,7 +21,7 @@ def yaml_names(group: str) -> list[str]:
 
 
 def named_data(name: str) -> DataConfig:
-    """The data of conf/data/NAME.yaml, of the packed folder data/NAME, or of the folder at that path."""
+    """The data of conf/data/NAME.yaml, of the packed folder data/NAME, or of the folder at that path or address."""
     for folder in conf_dirs():
         if (folder / "data" / f"{name}.yaml").is_file():
             config = OmegaConf.to_object(
@@ -29,6 +29,8 @@ def named_data(name: str) -> DataConfig:
             )
             assert isinstance(config, DataConfig)
             return config
+    if "://" in name:
+        return DataConfig(path=name)
     path = data_folder(name)
     return DataConfig(name=path.resolve().name, path=str(path))
 

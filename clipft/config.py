@@ -13,6 +13,7 @@ from typing import Any
 ADAMW = "adamw"
 OF_ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6}  # where null; CLIP, table 19
 DURATION_S = {"s": 1, "min": 60, "h": 3600}
+UNITS = {None: 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 RECALLS = tuple(f"{side}_recall@{k}" for side in ("mean", "text_to_image", "image_to_text") for k in (1, 5, 10))
 SOURCE_FORMATS = ("csv", "jsonl", "json", "parquet", "huggingface", "tars", "pairs", "classes")
 ZERO_SHOTS = ("zero_shot_top1", "zero_shot_top5", "zero_shot_mean_per_class")
@@ -56,6 +57,15 @@ def fraction(**values: float | int | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name.replace('__', '.')}={value} must lie between 0 and 1.")
+
+
+def num_bytes(key: str, value: int | str) -> int:
+    """A number of bytes: 500MB, 100GB, 2TB, or the number alone."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(k|M|G|T)?B?", str(value).strip())
+    number = round(float(match[1]) * UNITS[match[2]]) if match else 0
+    if number <= 0:
+        raise ValueError(f"{key}={value!r} must be a number of bytes such as 500MB, 100GB or 2TB.")
+    return number
 
 
 def as_shards(key: str, value: Any) -> list[str]:
@@ -129,10 +139,10 @@ class DataConfig:
     name: str | None = None
     """Names the data in metrics; the folder's name when not given."""
     path: str | None = None
-    """A packed folder (with shards.json); fills train, val and test where those are not given."""
+    """A packed folder (with shards.json), or the address of one; fills train, val and test where these are not given."""
     train: Any = None
-    """Training shards: a directory, a glob, quoted braces "x-{000..009}.tar", or a list of these or of sources with
-    weights: [{shards: ..., weight: 2}, ...]."""
+    """Training shards: a directory, a glob, quoted braces "x-{000..009}.tar", the address of such (https, s3,
+    gs, hf), or a list of these or of sources with weights: [{shards: ..., weight: 2}, ...]."""
     val: Any = None
     """Validation shards: best.ckpt and early decisions come from these."""
     test: Any = None
@@ -161,6 +171,12 @@ class DataConfig:
     """Captions that are not UTF-8: strict drops and counts them, replace keeps them with U+FFFD in the bad places."""
     max_bad_frac: float = 0.05
     """Stop when more than this share of the samples of a split, or of those read so far, cannot be used."""
+    cache_dir: str | None = None
+    """Folder for shards that lie elsewhere, shared by all processes; null: ~/.cache/clipft/shards."""
+    cache_size: Any = "100GB"
+    """Most bytes (500MB, 2TB) in that folder; a run needs val, test and, under data.lanes, two windows of train."""
+    allow_pipe: bool = False
+    """Run the commands in "pipe:COMMAND {000..009}.tar" sources; heard on the command line, not from a file."""
 
     def __post_init__(self):
         self.train = as_sources("data.train", self.train)
@@ -181,6 +197,7 @@ class DataConfig:
         positive(data__lanes=self.lanes, data__window_shards=self.window_shards)
         if self.window_shards is not None and self.lanes is None:
             raise ValueError(f"data.window_shards={self.window_shards} would be ignored: it belongs to data.lanes.")
+        num_bytes("data.cache_size", self.cache_size)
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"data.workers={self.workers} must be 0 (load in the training process) or more.")
 
@@ -623,6 +640,13 @@ class PackConfig:
         self.templates = [str(template).replace("{}", "{c}") for template in self.templates or []]
         if not self.templates or not all("{c}" in template for template in self.templates):
             raise ValueError(f"templates={self.templates!r}: every template must contain {{c}}, the class name.")
+
+
+@dataclass(kw_only=True)
+class IndexConfig:
+    """What `clipft data index` reads."""
+
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass(kw_only=True)

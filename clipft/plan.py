@@ -13,10 +13,12 @@ from jaxtyping import Int64
 from clipft.conf_files import named_data
 from clipft.config import Config, DataConfig
 from clipft.data.caption import group_of, written_captions
+from clipft.data.index import Samples
 from clipft.data.lanes import Lanes
 from clipft.data.mix import BLOCK, Mix, shares
 from clipft.data.order import Order, Shuffle, largest_share
 from clipft.data.pairs import Units, build_units
+from clipft.data.remote.ahead import most_at_once
 from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
 from clipft.learn.optimizer_names import check_optimizer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # both import torch, and the command line must answer before 
 
 LOOKED_AT = 20  # samples that are looked at for captions before anything starts
 WINDOW_SHARDS = 8
+MOST_EPOCHS = 3  # whose windows are looked at for the cache
 TOY_PATH = "data/toy"  # of conf/data/toy.yaml; a folder of the user's that is called toy lies elsewhere
 FINE_TUNING_LR = 1e-5  # of full fine-tuning; the rate of FLYP (Goyal et al. 2023)
 
@@ -54,7 +57,9 @@ def resolve(config: Config) -> Config:
     other_data(config)
     check_captions(splits, config.loss.group)
     units = units_of(config, splits)
-    count_steps(config, order_of(config, splits, units), len(units))
+    order = order_of(config, splits, units)
+    count_steps(config, order, len(units))
+    check_cache(config, splits, order)
     if config.train.batch_size < config.trainer.devices:
         raise ValueError(
             f"train.batch_size={config.train.batch_size} is less than trainer.devices={config.trainer.devices}: "
@@ -88,7 +93,7 @@ def other_data(config: Config) -> tuple[list[DataConfig], list[str]]:
             raise ValueError(f"eval.also: {name!r} cannot be measured. {error}") from error
         found.append(named_data(name))
     if run := base_run(config.model):
-        base = load_config(run / "config.yaml", Config).data
+        base = replace(load_config(run / "config.yaml", Config).data, allow_pipe=False)  # the run may be another's
         try:
             find_shards(base)
             found.append(base)
@@ -144,11 +149,50 @@ def count_steps(config: Config, order: Order, num_units: int) -> Steps:
     return Steps(num_units, per_epoch, total, warmup)
 
 
+def check_cache(config: Config, splits: Splits, order: Order) -> None:
+    """Raises where the cache of shards that lie elsewhere holds less than what is read at the same time."""
+    parts = {"train": splits.train, "val": None if splits.held_out else splits.val, "test": splits.test}
+    remote = next((part.remote for part in parts.values() if part and part.remote), None)
+    if remote is None:
+        return
+    sizes = {split: bytes_elsewhere(part) for split, part in parts.items()}
+    whole = sum(map(sum, sizes.values()))
+    lanes = isinstance(order, Lanes) and not splits.held_out
+    train = most_at_once(order, sizes["train"], MOST_EPOCHS) if lanes else sum(sizes["train"])
+    others = sum(sizes["val"]) + sum(sizes["test"])
+    if train + others <= remote.cache.limit:
+        return
+    if splits.held_out:
+        what = "of train all, because val is held out of all its shards"
+        todo = "give val shards of its own (data.val) and read train in lanes (data.lanes)"
+    elif isinstance(order, Lanes):
+        what = f"of train two windows of data.lanes={order.lanes} times data.window_shards={order.window_shards} shards"
+        todo = "lower data.lanes or data.window_shards"
+    else:
+        what, todo = "of train all, because all its shards are shuffled together", "read it in lanes, data.lanes=8 say"
+    raise ValueError(
+        f"data.cache_size={config.data.cache_size} is less than the {(train + others) / 1e9:,.3f} GB (of "
+        f"{whole / 1e9:,.3f} GB in all) that are needed at once: {what} ({train / 1e9:,.3f} GB), and val and test "
+        f"({others / 1e9:,.3f} GB). Raise it, or {todo}."
+    )
+
+
+def bytes_elsewhere(samples: Samples | None) -> list[int]:
+    """Bytes of each shard that is read by way of the cache, 0 for the others."""
+    if samples is None or samples.remote is None:
+        return [0] * len(samples.shards if samples else ())
+    away, sizes = samples.remote.shards, samples.stamps[:, 0].tolist()
+    return [size if path in away else 0 for path, size in zip(samples.shards, sizes, strict=True)]
+
+
 def check_captions(splits: Splits, group: str | None) -> None:
     """Raises where training samples from all over have no captions (labels are no text to train on) or groups."""
     if splits.train is None:
         raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
-    looked_at = np.linspace(0, len(splits.train) - 1, min(LOOKED_AT, len(splits.train))).astype(int).tolist()
+    near = splits.train.rows[:, 0] == splits.train.rows[0, 0]
+    # Elsewhere only in the first shard, which is downloaded for it.
+    there = np.flatnonzero(near) if splits.train.remote else np.arange(len(near))
+    looked_at = there[np.linspace(0, len(there) - 1, min(LOOKED_AT, len(there))).astype(int)].tolist()
     read = partial(splits.train.read, kinds=TEXT_KINDS)
     if not any(succeeds(lambda i=i: written_captions(read(i), splits.text_errors)) for i in looked_at):
         raise ValueError(

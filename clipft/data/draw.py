@@ -11,8 +11,8 @@ from jaxtyping import Int64, UInt64
 from clipft.config import DrawConfig
 from clipft.data.alike import Pairs, components, near_pairs, same_value
 from clipft.data.caption import caption_id, group_id
+from clipft.data.names import ordered
 from clipft.data.sources.row import Row
-from clipft.data.split import ordered
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import json
 import os
 import resource
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from clipft.data.remote.cache import Remote
 from clipft.data.sample import IMAGE_KINDS, TEXT_KINDS, BadSample, printable
 from clipft.data.shard import ShardIndex, scan_shard
 from clipft.data.tail import BLOCK
@@ -37,14 +38,28 @@ def index_places(path: str | Path) -> list[Path]:
 def read_index(place: Path) -> ShardIndex | None:
     """The stored index; None when there is none that can be used."""
     try:
-        stored = json.loads(place.read_text("utf-8"))
+        return parse_index(place.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def parse_index(text: str) -> ShardIndex | None:
+    """The index that an index file holds; None when it cannot be used."""
+    try:
+        stored = json.loads(text)
         if stored.pop("sha256") != seal(stored):  # a flipped digit in it would make wrong pairs
             return None
         for name in ("problems", "doubts"):
             stored[name] = [(byte, what) for byte, what in stored[name]]
         return ShardIndex(**stored)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def index_text(index: ShardIndex) -> str:
+    """What an index file holds."""
+    stored = asdict(index)
+    return json.dumps({"sha256": seal(stored), **stored}, separators=(",", ":"))
 
 
 def seal(stored: dict[str, Any]) -> str:
@@ -55,8 +70,7 @@ def seal(stored: dict[str, Any]) -> str:
 def write_index(path: str | Path) -> ShardIndex:
     """Scan a shard and store its index."""
     index = scan_shard(path)
-    stored = asdict(index)
-    text = json.dumps({"sha256": seal(stored), **stored}, separators=(",", ":"))
+    text = index_text(index)
     for place in index_places(path):
         with suppress(OSError):  # a read-only or full place; without any place the shard is scanned at each start
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +139,8 @@ class Samples:
     """Reason -> number of members that belong to no sample."""
     doubts: dict[str, str]
     """Shard that may have lost its last samples -> why it seems so."""
+    remote: Remote | None = None
+    """Those of the shards that lie elsewhere: their paths are places in a cache, where they are brought to be read."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,14 +162,23 @@ class Samples:
     def read(self, i: int, kinds: tuple[str, ...] = IMAGE_KINDS + TEXT_KINDS) -> dict[str, bytes]:
         """The bytes of the members with these extensions, by extension."""
         shard, first, end, _, _ = self.rows[i].tolist()
-        size, mtime_ns = self.stamps[shard].tolist()
-        file = open_shard(self.shards[shard], size, mtime_ns)
         found = {}
-        for kind, offset, length in self.members[first:end].tolist():
-            if self.kinds[kind] in kinds:
-                found[self.kinds[kind]] = read_exactly(file.fd, offset, length)
-        file.check()  # behind the reads: one that met a write finds the time of the write
+        with self.opened(shard) as file:
+            for kind, offset, length in self.members[first:end].tolist():
+                if self.kinds[kind] in kinds:
+                    found[self.kinds[kind]] = read_exactly(file.fd, offset, length)
+            file.check()  # behind the reads: one that met a write finds the time of the write
         return found
+
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[OpenShard]:
+        """The shard's file; one of the cache is held there until the end."""
+        path, (size, mtime_ns) = self.shards[shard], self.stamps[shard].tolist()
+        if self.remote is None or path not in self.remote.shards:
+            yield open_shard(path, size, mtime_ns)
+            return
+        with self.remote.cache.held(self.remote.shards[path]):
+            yield OpenShard(path, size, mtime_ns)
 
     def lost(self) -> str:
         """What the index left out, with an example of each reason."""
@@ -184,11 +209,11 @@ def read_exactly(fd: int, offset: int, length: int) -> bytes:
     return raw
 
 
-def index_shards(paths: list[str]) -> Samples:
+def index_shards(paths: list[str], remote: Remote | None = None) -> Samples:
     """All usable samples of the shards, in order; damaged shards and a set without samples raise."""
-    indexes = [load_index(path) for path in paths]
+    indexes = [(remote and remote.index(path)) or load_index(path) for path in paths]
     refuse_damage(paths, indexes)
-    samples = join(paths, indexes)
+    samples = replace(join(paths, indexes), remote=remote)
     if not len(samples):
         raise ValueError(
             f"{printable(paths[0])}{' and others' if paths[1:] else ''}: no usable sample "
@@ -200,12 +225,12 @@ def index_shards(paths: list[str]) -> Samples:
 
 def refuse_damage(paths: list[str], indexes: list[ShardIndex]) -> None:
     """Raises where a shard is damaged, with the byte."""
-    damaged = [(path, index.problems[0]) for path, index in zip(paths, indexes, strict=True) if index.problems]
+    damaged = [(path, i.size, i.problems[0]) for path, i in zip(paths, indexes, strict=True) if i.problems]
     if damaged:
-        path, (byte, what) = damaged[0]
+        path, size, (byte, what) = damaged[0]
         more = f" {len(damaged) - 1} more of the {len(paths)} shards are damaged." if damaged[1:] else ""
         raise ValueError(
-            printable(f"{path}: {what} (byte {byte} of {os.path.getsize(path)}).{more} ")
+            printable(f"{path}: {what} (byte {byte} of {size}).{more} ")
             + "Nothing of a damaged shard is used: copy or write it again, or leave it out."
         )
 

@@ -56,6 +56,29 @@ class Lanes:
         order = lane_order(self.seed, epoch, self.shard_sizes, self.lanes, self.window_shards)
         return np.full(self.batch_size, epoch), order[:, place * taken : (place + 1) * taken].reshape(-1)
 
+    @property
+    def window(self) -> int:
+        """Units of a lane's window."""
+        return max(1, round(self.window_shards * float(np.mean(self.shard_sizes))))
+
+    def windows(self, epoch: int) -> list[list[list[int]]]:
+        """The shards of each lane in each window of an epoch, from the order of the shards alone."""
+        order = shard_order(self.seed, epoch, len(self.shard_sizes))
+        ends = np.cumsum(np.array(self.shard_sizes)[order])
+        length = sum(self.shard_sizes) // self.lanes
+        found = []
+        for start in range(0, length, self.window):
+            firsts = np.arange(self.lanes) * length + start
+            lasts = np.arange(self.lanes) * length + min(start + self.window, length) - 1
+            spans = zip(np.searchsorted(ends, firsts, "right"), np.searchsorted(ends, lasts, "right"), strict=True)
+            found.append([order[first : last + 1].tolist() for first, last in spans])
+        return found
+
+    def window_of(self, step: int) -> tuple[int, int]:
+        """Epoch of a step, and the number of the window that its first units lie in."""
+        epoch, place = divmod(step, self.per_epoch)
+        return epoch, place * (self.batch_size // self.lanes) // self.window
+
     def same_shard_pairs(self) -> float:
         """Mean number of pairs of one shard in a batch, over up to COUNTED_STEPS steps of the first epoch."""
         shard_of = np.repeat(np.arange(len(self.shard_sizes)), self.shard_sizes)
@@ -76,7 +99,7 @@ def lane_order(
 ) -> Int64[np.ndarray, "lanes N"]:
     """The units of each lane in their order; what does not come out even over the lanes is left out."""
     sizes, ends = np.array(shard_sizes), np.cumsum(shard_sizes).tolist()
-    shards = np.argsort(rng_for(seed, epoch, SHARD_STREAM).bit_generator.random_raw(len(sizes)), kind="stable")
+    shards = shard_order(seed, epoch, len(sizes))
     laid = np.concatenate([np.arange(ends[shard] - shard_sizes[shard], ends[shard]) for shard in shards.tolist()])
     length = len(laid) // lanes
     rows = laid[: length * lanes].reshape(lanes, length)
@@ -86,3 +109,9 @@ def lane_order(
     order = order.astype(np.int64)
     order.setflags(write=False)
     return order
+
+
+def shard_order(seed: int, epoch: int, num_shards: int) -> Int64[np.ndarray, " shards"]:
+    """The order in which an epoch's shards are laid end to end."""
+    bits = rng_for(seed, epoch, SHARD_STREAM).bit_generator.random_raw(num_shards)
+    return np.argsort(bits, kind="stable").astype(np.int64)

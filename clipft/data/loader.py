@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from clipft.data.augment import Augment, apply_augment
 from clipft.data.caption import caption_id, group_id, group_of, hash_id, only_words, written_captions
@@ -17,12 +17,14 @@ from clipft.data.index import Samples
 from clipft.data.kept import Kept
 from clipft.data.order import Order, rank_slice, rng_for
 from clipft.data.pairs import Units
+from clipft.data.remote.ahead import Ahead
 from clipft.data.sample import IMAGE_KINDS, BadSample, failing_at, image_of
 from clipft.data.waiting import NOTHING, InFlight, Wait, WaitingLoader, in_order
 
 CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
 TEXT = ("json", "txt")
 READ = (*IMAGE_KINDS, *TEXT)
+MOST_AHEAD = 2  # loader processes of a rank that download before shards are needed
 WAIT = Wait()
 NONE_KEPT: Mapping[str, Kept] = {}
 
@@ -113,8 +115,13 @@ class TrainSteps(Dataset[Batch]):
     in_flight: InFlight
     kept: Mapping[str, Kept]
     """Features of locked towers, by tower."""
+    ahead: Ahead | None
+    """Brings shards that lie elsewhere before they are read."""
 
     def __getitem__(self, step: int) -> Batch:
+        info = get_worker_info()
+        if self.ahead and (info is None or info.id < MOST_AHEAD):
+            self.ahead.at(step)
         epochs, units = self.order.batch(step)
         mine = rank_slice(len(units), self.rank, self.world)
         epochs, units = epochs[mine], units[mine]
@@ -206,6 +213,9 @@ def train_loader(
 ) -> WaitingLoader:
     """This rank's slices of the global steps start_step to num_steps - 1, in order; len() is num_steps."""
     rank_slice(len(order.batch(start_step)[1]), rank, world)  # raises for a batch that the units or ranks cannot fill
+    in_flight = InFlight(workers)
+    units = replace(units, samples=telling(units.samples, in_flight))
+    remote = units.samples.remote
     dataset = TrainSteps(
         units=units,
         augment=augment,
@@ -218,11 +228,20 @@ def train_loader(
         order=order,
         rank=rank,
         world=world,
-        in_flight=InFlight(workers),
+        in_flight=in_flight,
         kept=kept,
+        ahead=Ahead(remote, units.samples.shards, order, rank, world) if remote else None,
     )
     steps = Steps(start_step, num_steps)
     return in_order(dataset, steps, dataset.in_flight, dataset.key, wait, workers, pin)
+
+
+def telling(samples: Samples, in_flight: InFlight) -> Samples:
+    """The samples, whose downloads count as progress of the loader process that waits for them."""
+    if samples.remote is None:
+        return samples
+    cache = replace(samples.remote.cache, beat=in_flight.beat)
+    return replace(samples, remote=replace(samples.remote, cache=cache))
 
 
 @dataclass
@@ -265,6 +284,7 @@ def eval_images(
     wait: Wait = WAIT,
 ) -> WaitingLoader:
     """(sample indices, pixels, valid) of each of the batches of sample indices, in order."""
-    dataset = EvalBatches(samples, preprocess, max_pixels, batches, InFlight(workers))
+    in_flight = InFlight(workers)
+    dataset = EvalBatches(telling(samples, in_flight), preprocess, max_pixels, batches, in_flight)
     steps = Steps(0, len(batches))
     return in_order(dataset, steps, dataset.in_flight, dataset.key, wait, workers, False)

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from clipft.report import RunFailed
+
 IMAGE_KINDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
 TEXT_KINDS = ("json", "txt", "cls")
 
@@ -20,7 +22,7 @@ def failing_at(key: Callable[[], str]) -> Iterator[None]:
     """Inside it, an error that is none of a sample's known faults ends everything with the sample's key."""
     try:
         yield
-    except BadSample:
+    except (BadSample, RunFailed):
         raise
     except Exception as error:
         raise RuntimeError(f"reading {key()} failed: {type(error).__name__}: {error}") from error

@@ -4,7 +4,6 @@ import difflib
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,11 +14,14 @@ from braceexpand import braceexpand
 
 from clipft.config import DataConfig
 from clipft.data.index import Samples, index_shards
-from clipft.data.manifest import AGAIN, MANIFEST, Listed, listed_beside, listed_shards
+from clipft.data.manifest import AGAIN, MANIFEST, listed_beside, listed_shards
+from clipft.data.names import SPLIT_OF, SPLITS, natural, sorted_by_split
+from clipft.data.remote.addresses import PIPE, is_remote, name_of, shown
+from clipft.data.remote.cache import Remote
+from clipft.data.remote.indexes import learn
+from clipft.data.remote.listing import expand_remote, home_of_remote, is_folder, mirror, read_remote, remote_of
 from clipft.data.sample import printable
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
-SPLIT_OF = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
 VAL_FRAC = 0.05
 NORMAL = ("folder", "meta")  # members without a sample that need no mention
 CLASSNAMES = "classnames.txt"  # both files as CLIP_benchmark lays them out
@@ -41,6 +43,8 @@ class Found:
     notes: list[str]
     mix: list[tuple[int, float]]
     """Shards and weight of each source, where data.train has sources with weights."""
+    remote: Remote
+    """The shards that lie elsewhere; their paths are places in the cache, where they need not be yet."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,8 @@ class Splits:
     """data.text_errors, by which captions are read."""
     mix: list[tuple[int, float]] = field(default_factory=list)
     """Shards and weight of each source of train, where it has sources with weights."""
-
-
-def ordered(names: set[str]) -> list[str]:
-    """Splits in their order: train, val and test first, then the others by name."""
-    return [split for split in SPLITS if split in names] + sorted(names - set(SPLITS))
-
-
-def natural(path: str) -> list[str | int]:
-    """Sort key that puts x-2.tar before x-10.tar."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split(r"([0-9]+)", path))]
+    held_out: bool = False
+    """Whether val is a share of the samples of train's shards."""
 
 
 def nearest(path: Path) -> str:
@@ -80,9 +76,18 @@ def nearest(path: Path) -> str:
     return printable(f"{parent}/ holds: {', '.join(sorted(close))}." if close else f"{parent}/ is empty.")
 
 
-def expand_shards(key: str, patterns: list[str]) -> list[str]:
-    """The existing shards that directories, globs, braces and file names stand for, in their order."""
-    shards = [shard for pattern in patterns for shard in expand_pattern(key, pattern)]
+def expand_shards(key: str, patterns: list[str], remote: Remote | None = None) -> list[str]:
+    """The existing shards that directories, globs, braces and file names stand for, in their order.
+
+    Those at addresses are noted in `remote`, and stand in the result as places in its cache.
+    """
+    shards = [
+        shard
+        for pattern in patterns
+        for shard in (
+            expand_remote(key, pattern, remote) if remote and is_remote(pattern) else expand_pattern(key, pattern)
+        )
+    ]
     first: dict[str, str] = {}
     for shard in shards:
         before = first.setdefault(os.path.realpath(shard), shard)
@@ -95,8 +100,8 @@ def expand_shards(key: str, patterns: list[str]) -> list[str]:
 
 
 def expand_pattern(key: str, pattern: str) -> list[str]:
-    if re.match(r"[a-z0-9+]+://|pipe:", pattern):
-        raise ValueError(f"{key}={pattern!r}: shards are read from local files. Download them and give their folder.")
+    if is_remote(pattern):
+        raise ValueError(f"{key}={shown(pattern)} must be local files. Download them and give their folder.")
     path = Path(pattern).expanduser()
     if path.is_dir():
         refuse_layout(key, path)
@@ -151,14 +156,9 @@ def expand_braces(key: str, pattern: str, path: str) -> list[str]:
 
 def by_prefix(folder: Path) -> dict[str, list[str]]:
     """Shards by split from names (train-000.tar) and subfolders (train/000.tar)."""
-    shards: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for entry in folder.iterdir():
-        split = SPLIT_OF.get(re.split(r"[-_.]", entry.name, maxsplit=1)[0].lower())
-        if split and entry.is_dir() and entry.suffix != ".tar":
-            shards[split] += [str(shard) for shard in entry.glob("*.tar")]
-        elif split and entry.suffix == ".tar":
-            shards[split].append(str(entry))
-    return {split: sorted(names, key=natural) for split, names in shards.items()}
+    found = [*folder.glob("*.tar"), *(path for path in folder.glob("*/*.tar") if path.parent.suffix != ".tar")]
+    names = [path.relative_to(folder).as_posix() for path in found]
+    return {split: [str(folder / name) for name in part] for split, part in sorted_by_split(names).items()}
 
 
 def read_folder(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -200,21 +200,36 @@ def find_shards(config: DataConfig) -> Found:
         raise ValueError("There is no data. Give data=NAME (the folder data/NAME), a path, or data.train=SHARDS.")
     shards: dict[str, list[str]] = {split: [] for split in SPLITS}
     notes: list[str] = []
-    folder = None
-    if config.path is not None:
+    folder, name, remote = None, config.name, remote_of(config)
+    if config.path is not None and is_remote(config.path):
+        shards, notes, folder = read_address(config.path, remote)
+        name = name or name_of(config.path.rstrip("/"))
+    elif config.path is not None:
         folder = Path(config.path).expanduser()
         shards, notes = read_path(config.path, folder)
         folder = folder if folder.is_dir() else folder.parent
     for split, patterns in given.items():
         if patterns:
-            shards[split] = expand_shards(f"data.{split}", patterns)
-    folder = folder or home_of(next(paths[0] for paths in shards.values() if paths))
+            shards[split] = expand_shards(f"data.{split}", patterns, remote)
+    if folder is None:
+        first = next(paths[0] for paths in shards.values() if paths)
+        folder, place = home_of(first, remote)
+        name = name or place
     measured = set(map(os.path.realpath, shards["val"] + shards["test"]))
     shared = [shard for shard in shards["train"] if os.path.realpath(shard) in measured]
     if shared:
         notes.append(f"{len(shared)} shards are both trained on and measured on: {printable(min(shared))}, ...")
-    mix = [(len(expand_shards("data.train", source["shards"])), source["weight"]) for source in weighted]
-    return Found(config.name or folder.resolve().name, folder, shards, notes, mix)
+    mix = [(len(expand_shards("data.train", source["shards"], remote)), source["weight"]) for source in weighted]
+    return Found(name or folder.resolve().name, folder, shards, notes, mix, remote)
+
+
+def read_address(address: str, remote: Remote) -> tuple[dict[str, list[str]], list[str], Path]:
+    """Shards by split of a data.path that is an address; notes; a local folder with its class names and templates."""
+    if not is_folder(address):
+        paths = expand_remote("data.path", address, remote)
+        return {"train": paths, "val": [], "test": []}, [], home_of(paths[0], remote)[0]
+    shards, notes = read_remote("data.path", address, remote)
+    return shards, notes, mirror(address.rstrip("/") + "/", remote)
 
 
 def read_path(value: str, path: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -233,20 +248,31 @@ def read_path(value: str, path: Path) -> tuple[dict[str, list[str]], list[str]]:
     raise ValueError(f"data.path={value!r} holds no shards. {HOW.format(out=path)}")
 
 
-def home_of(shard: str) -> Path:
-    """The folder of the data set that a shard belongs to: its own, or the one above train/."""
+def home_of(shard: str, remote: Remote | None = None) -> tuple[Path, str]:
+    """The folder of the data set that a shard belongs to, its own or the one above train/, and the set's name.
+
+    Of a shard elsewhere it is a local one, with the set's class names and templates.
+    """
+    if remote is not None and shard in remote.shards:
+        address = remote.shards[shard].address
+        if address.startswith(PIPE) or "?" in address:
+            return Path(shard).parent, "remote"
+        return mirror(home_of_remote(address), remote), name_of(home_of_remote(address).rstrip("/")) or "remote"
     folder = Path(shard).resolve().parent
-    return folder.parent if folder.name.lower() in SPLIT_OF else folder
+    folder = folder.parent if folder.name.lower() in SPLIT_OF else folder
+    return folder, folder.name
 
 
 def load_splits(config: DataConfig) -> Splits:
     """The samples of each split; without val a fixed share of train is held out."""
     found = find_shards(config)
-    samples = {split: counted_samples(paths) if paths else None for split, paths in found.shards.items()}
+    learn(found.remote)
+    samples = {split: counted_samples(paths, found.remote) if paths else None for split, paths in found.shards.items()}
     notes = found.notes + [note for split, part in samples.items() if part is not None for note in losses(split, part)]
     for split, part in samples.items():
         check_dropped(f"data.{split}", part, config.max_bad_frac)
     train, val = samples["train"], samples["val"]
+    held_out = train is not None and val is None
     if val is not None and config.val_frac is not None:
         raise ValueError(
             f"data.val_frac={config.val_frac} would be ignored: {found.name} has a val split. Leave it out."
@@ -260,21 +286,23 @@ def load_splits(config: DataConfig) -> Splits:
         )
     templates = read_lines(found.folder / TEMPLATES) or []
     classnames = read_lines(found.folder / CLASSNAMES)
-    return Splits(found.name, train, val, samples["test"], notes, classnames, templates, config.text_errors, found.mix)
+    test, errors, mix = samples["test"], config.text_errors, found.mix
+    return Splits(found.name, train, val, test, notes, classnames, templates, errors, mix, held_out)
 
 
-def counted_samples(paths: list[str]) -> Samples:
+def counted_samples(paths: list[str], remote: Remote) -> Samples:
     """The samples of the shards; raises where shards.json lists another number of them."""
-    samples = index_shards(paths)
-    listed: dict[str, Listed] = {}
+    away = {path: remote.shards[path] for path in paths if path in remote.shards}
+    samples = index_shards(paths, replace(remote, shards=away) if away else None)
+    listed = {path: shard.samples for path, shard in away.items() if shard.samples is not None}
     with suppress(ValueError):  # another program's file of this name, beside shards that were named one by one
-        listed = listed_beside(paths)
+        listed |= {path: each.samples for path, each in listed_beside(set(paths) - set(away)).items()}
     counts = np.bincount(samples.rows[:, 0], minlength=len(paths)).tolist()
     for path, count in zip(paths, counts, strict=True):
-        if path in listed and count != listed[path].samples:
+        if path in listed and count != listed[path]:
+            where = shown(away[path].address) if path in away else printable(path)
             raise ValueError(
-                f"{printable(path)} holds {counted(count, 'usable sample')}; {MANIFEST} lists it with "
-                f"{listed[path].samples}. {AGAIN}"
+                f"{where} holds {counted(count, 'usable sample')}; {MANIFEST} lists it with {listed[path]}. {AGAIN}"
             )
     return replace(samples, doubts={path: what for path, what in samples.doubts.items() if path not in listed})
 

@@ -59,6 +59,12 @@ class InFlight:
             self.slots[info.id] = torch.tensor([os.getpid(), item])
             self.since[info.id] = time.monotonic()
 
+    def beat(self) -> None:
+        """Says that this process gets further with what it reads, such as a shard that is downloaded."""
+        info = get_worker_info()
+        if info is not None:
+            self.since[info.id] = time.monotonic()
+
     def of(self, pids: set[int]) -> list[int]:
         """What these processes were reading, as far as they are known here."""
         return [item for pid, item in self.slots.tolist() if pid in pids]

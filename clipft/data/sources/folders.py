@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from clipft.data.caption import caption_list, parse_json, read_utf8
+from clipft.data.names import SPLIT_OF, natural, ordered
 from clipft.data.sample import IMAGE_KINDS, BadSample
 from clipft.data.sources.paths import is_inside
 from clipft.data.sources.row import Ask, Bad, Raw, Source
 from clipft.data.sources.tables import Part, split_name, table_source
-from clipft.data.split import SPLIT_OF, counted, natural, ordered
+from clipft.data.split import counted
 
 TEXTS = (".json", ".txt")
 NOT_NAMED = (".DS_Store", "Thumbs.db", "desktop.ini")

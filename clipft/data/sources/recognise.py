@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from clipft.data.manifest import MANIFEST
+from clipft.data.names import SPLIT_OF, natural
 from clipft.data.sample import IMAGE_KINDS
 from clipft.data.sources.csvs import csv_source
 from clipft.data.sources.folders import folder_source
@@ -17,7 +18,7 @@ from clipft.data.sources.parquets import parquet_source
 from clipft.data.sources.row import Ask, Source
 from clipft.data.sources.tables import Part, split_in, split_name
 from clipft.data.sources.tars import tar_source
-from clipft.data.split import SPLIT_OF, natural, nearest
+from clipft.data.split import nearest
 
 FORMAT_OF = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 FORMAT_OF |= {".parquet": "parquet"}

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from clipft.data.caption import encodable, is_visible
+from clipft.data.names import SPLIT_OF, ordered
 from clipft.data.sample import BadSample
 from clipft.data.sources.columns import URL, Columns, Watch, captions_in_cell, choose, label_in_cell
 from clipft.data.sources.paths import PROBED, Base, find_base, resolve
 from clipft.data.sources.row import Ask, Bad, Raw, Row, Source, columns_json
-from clipft.data.split import SPLIT_OF, ordered
 
 HEAD = 1000  # rows by which columns are chosen
 READ_BY_OTHERS = ("csv", "tsv", "jsonl", "json", "parquet")  # tables that img2dataset calls by their suffix

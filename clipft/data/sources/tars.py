@@ -10,12 +10,13 @@ from typing import Any
 from clipft.data.caption import caption_list, parse_json, read_label, read_utf8
 from clipft.data.index import Samples, join, refuse_damage
 from clipft.data.manifest import MANIFEST, listed_shards
+from clipft.data.names import natural, ordered
 from clipft.data.sample import IMAGE_KINDS, BadSample
 from clipft.data.shard import ShardIndex, scan_shard
 from clipft.data.sources.place import Slice
 from clipft.data.sources.row import Ask, Bad, Raw, Source
 from clipft.data.sources.tables import Part, split_name, table_source
-from clipft.data.split import CLASSNAMES, by_prefix, expand_pattern, home_of, natural, ordered, read_lines
+from clipft.data.split import CLASSNAMES, by_prefix, expand_pattern, home_of, read_lines
 
 NUMBER = re.compile(r"^[0-9]{6,}-")  # that packing put before the name
 
@@ -29,7 +30,7 @@ def tar_source(ask: Ask, path: Path) -> Source:
     paths = [shard for names in shards.values() for shard in names]
     indexes = [scan_shard(shard) for shard in paths]
     refuse_damage(paths, indexes)
-    home = home_of(paths[0])
+    home = home_of(paths[0])[0]
     classnames = read_lines(home / CLASSNAMES) or []
     found = dict(zip(paths, indexes, strict=True))
     read = partial(read_tar, indexes=found, classnames=classnames)
