@@ -139,10 +139,10 @@ class DataConfig:
     name: str | None = None
     """Names the data in metrics; the folder's name when not given."""
     path: str | None = None
-    """A packed folder (with shards.json), or the address of one; fills train, val and test where these are not given."""
+    """A packed folder (with shards.json) or its address; fills train, val and test where those are not given."""
     train: Any = None
-    """Training shards: a directory, a glob, quoted braces "x-{000..009}.tar", the address of such (https, s3,
-    gs, hf), or a list of these or of sources with weights: [{shards: ..., weight: 2}, ...]."""
+    """Training shards: a directory, a glob, quoted braces "x-{000..009}.tar", the address of such (https, s3, gs, hf),
+    or a list of these or of sources with weights: [{shards: ..., weight: 2}, ...]."""
     val: Any = None
     """Validation shards: best.ckpt and early decisions come from these."""
     test: Any = None

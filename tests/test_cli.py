@@ -66,7 +66,9 @@ def test_help_shows_ten_examples_and_every_command(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert len(EXAMPLES.splitlines()) == 10 and EXAMPLES in text
-    assert all(f"clipft {name}" in text for name in ("train", "evaluate", "export", "data pack", "data verify"))
+    assert all(
+        f"clipft {name}" in text for name in ("train", "evaluate", "export", "data pack", "data index", "data verify")
+    )
     assert main(["evaluate", "--help"]) == 0
     assert "relevance" in capsys.readouterr().out
 

@@ -17,10 +17,12 @@ from clipft.config import (
     EvaluateConfig,
     ExportConfig,
     GridConfig,
+    IndexConfig,
     PackConfig,
     SearchConfig,
     TrainerConfig,
     VerifyConfig,
+    num_bytes,
     parse_every,
 )
 from clipft.data.split import load_splits
@@ -122,6 +124,7 @@ REFUSED = [
     "data.workers=-1",
     "data.max_pixels=0",
     "data.max_bad_frac=2",
+    "data.cache_size=many",
     "tune.rules=[]",
     "tune.blocks=2",
     "tune.layer_decay.image=2",
@@ -174,6 +177,9 @@ ELSEWHERE = {
     "data.workers": "test_loader_processes_are_as_many_as_asked_for",
     "data.max_pixels": "test_limits_on_samples_reach_the_run",
     "data.max_bad_frac": "test_limits_on_samples_reach_the_run",
+    "data.cache_dir": "test_two_ranks_with_a_cache_smaller_than_the_set_get_the_batches_of_local_files",
+    "data.cache_size": "test_a_cache_smaller_than_what_is_needed_at_once_is_refused_with_the_sizes",
+    "data.allow_pipe": "test_commands_are_refused_unless_the_command_line_allows_them",
     "data.text_errors": "test_captions_that_are_not_utf8_are_dropped_or_repaired_as_the_config_says",
     "data.window_shards": "test_lanes_read_by_shard_and_say_what_that_costs",
     "tune.blocks": "test_the_presets_train_what_they_say",
@@ -352,3 +358,14 @@ def test_the_other_commands_have_no_option_without_a_test():
     assert {option.key for option in options_of(GridConfig)} == {"n_jobs", "params"}
     own = {option.key for option in options_of(EvaluateConfig) if "." not in option.key}
     assert own == {"split", "relevance", "batch_size", "out"}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("500MB", 5e8), ("1.5 GB", 1.5e9), ("2TB", 2e12), ("20kB", 2e4), (1234, 1234), ("7G", 7e9)]
+)
+def test_sizes_are_numbers_of_bytes_with_their_units(text, number):
+    assert num_bytes("data.cache_size", text) == number
+
+
+def test_the_index_command_reads_the_options_of_the_data_alone():
+    assert {option.key.split(".")[0] for option in options_of(IndexConfig)} == {"data"}

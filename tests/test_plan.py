@@ -3,7 +3,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from shards import write_shards, write_tar
+from flaky import site
+from shards import list_shards, pairs, write_shards, write_tar
 
 from clipft.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
 from clipft.data.lanes import Lanes
@@ -158,3 +159,32 @@ def test_batch_norm_is_trained_on_whole_batches_only(config, world, micro, fits)
 def test_what_cannot_work_is_refused_before_anything_starts(config, change, message):
     with pytest.raises(ValueError, match=message):
         resolve(replace(config, **change))
+
+
+def test_a_cache_smaller_than_what_is_needed_at_once_is_refused_with_the_sizes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    shards = [Path(path) for path in write_shards(tmp_path / "www/set", *[8] * 12, prefix="train-")]
+    val = Path(write_tar(tmp_path / "www/set/val-0.tar", pairs(900, 8)))
+    list_shards(tmp_path / "www/set", {"train": shards, "val": [val]})
+    size = shards[0].stat().st_size
+    with site(tmp_path / "www") as web:
+
+        def started(num_shards: int, **changed) -> Config:
+            data = DataConfig(path=f"{web.url}/set", cache_size=num_shards * size, **changed)
+            model = ModelConfig(name="tiny", pretrained=None)
+            return resolve(Config(model=model, data=data, train=TrainConfig(batch_size=8)))
+
+        assert started(13).data.name == "set"
+        with pytest.raises(ValueError, match=r"data\.cache_size=.* needed at once: of train all, .*data\.lanes=8"):
+            started(12)
+        assert started(9, lanes=2, window_shards=1).data.lanes == 2
+        says = r"two windows of data\.lanes=4 times data\.window_shards=1 .*lower data\.lanes or data\.window_shards"
+        with pytest.raises(ValueError, match=says):
+            started(7, lanes=4, window_shards=1)
+        with pytest.raises(ValueError, match=r"val is held out of all its shards .*\(data\.val\)"):
+            started_without_val = Config(
+                model=ModelConfig(name="tiny", pretrained=None),
+                data=DataConfig(train=f"{web.url}/set/train-{{000..011}}.tar", cache_size=9 * size, lanes=2),
+                train=TrainConfig(batch_size=8),
+            )
+            resolve(started_without_val)

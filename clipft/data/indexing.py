@@ -28,7 +28,7 @@ def index(config: DataConfig) -> Indexed:
     local = [path for path in paths if path not in found.remote.shards]
     workers = num_workers("data.workers", config.workers)
     map_items(load_index, local, workers, Progress("indexing", "shards", len(local)), "data.workers")
-    read = learn(found.remote, again=True)
+    read = learn(found.remote, config.workers, again=True)
     splits = {split: index_shards(part, found.remote) for split, part in found.shards.items() if part}
     return Indexed(found.name, splits, len(paths), len(read), found.remote)
 

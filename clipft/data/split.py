@@ -266,7 +266,7 @@ def home_of(shard: str, remote: Remote | None = None) -> tuple[Path, str]:
 def load_splits(config: DataConfig) -> Splits:
     """The samples of each split; without val a fixed share of train is held out."""
     found = find_shards(config)
-    learn(found.remote)
+    learn(found.remote, config.workers)
     samples = {split: counted_samples(paths, found.remote) if paths else None for split, paths in found.shards.items()}
     notes = found.notes + [note for split, part in samples.items() if part is not None for note in losses(split, part)]
     for split, part in samples.items():

@@ -163,9 +163,9 @@ def test_what_matches_nothing_or_too_much_raises_with_the_key_and_what_is_there(
     assert "data.train=" in str(error.value)
 
 
-def test_remote_shards_are_refused():
+def test_remote_shards_are_refused_where_only_local_ones_are_read():
     with pytest.raises(ValueError, match="Download them"):
-        expand_shards("data.train", ["https://example.org/x.tar"])
+        expand_shards("source", ["https://example.org/x.tar"])
 
 
 def test_no_data_and_nothing_at_the_path_say_what_to_do(tmp_path: Path):

@@ -9,7 +9,7 @@ from threading import Thread
 from clipft.data.lanes import Lanes
 from clipft.data.order import Order, rank_slice
 from clipft.data.remote.cache import Remote, RemoteShard
-from clipft.data.remote.fetch import NotFetched
+from clipft.data.remote.fetch import NotFetched, nothing
 from clipft.report import RunFailed
 
 PAUSE_S = 0.5  # before it looks again, where there is nothing to bring
@@ -33,6 +33,7 @@ class Ahead:
         """Notes where the reader is; the thread begins with the first step."""
         self.step = step
         if self.thread is None:
+            # A reader that hangs must not seem to get further because this thread does.
             self.remote = replace(self.remote, cache=replace(self.remote.cache, beat=nothing))
             self.thread = Thread(target=self.run, daemon=True)
             self.thread.start()
@@ -60,10 +61,6 @@ class Ahead:
 
     def shard(self, number: int) -> RemoteShard | None:
         return self.remote.shards.get(self.paths[number])
-
-
-def nothing() -> None:
-    """A reader that hangs must not seem to get further because this thread does."""
 
 
 def needed(order: Order, step: int, num_shards: int, rank: int, world: int) -> tuple[list[int], list[int]]:

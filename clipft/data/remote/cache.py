@@ -20,7 +20,7 @@ from pathlib import Path
 
 from clipft.data.manifest import sha256_of
 from clipft.data.remote.addresses import name_of, shown
-from clipft.data.remote.fetch import CHANGED, Fetch, NotFetched, Patience
+from clipft.data.remote.fetch import CHANGED, Fetch, NotFetched, Patience, nothing
 from clipft.data.shard import ShardIndex, scan_shard
 from clipft.report import RunFailed
 
@@ -77,7 +77,7 @@ class Cache:
     limit: int
     """Bytes of all shards in it."""
     patience: Patience = field(default_factory=Patience)
-    beat: Callable[[], None] = lambda: None
+    beat: Callable[[], None] = nothing
     """Called while something comes."""
 
     @contextmanager
@@ -286,7 +286,7 @@ def part_size(part: Path, size: int) -> int:
 
 
 @contextmanager
-def locked(file: Path, beat: Callable[[], None] = lambda: None, wait: bool = True) -> Iterator[bool]:
+def locked(file: Path, beat: Callable[[], None] = nothing, wait: bool = True) -> Iterator[bool]:
     """Whether this lock is held inside; without `wait` it may not be."""
     with file.open("a") as lock:
         while True:

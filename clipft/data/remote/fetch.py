@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
-from typing import BinaryIO
+from io import BufferedIOBase, BytesIO
 
 from clipft.data.remote.addresses import PACKAGES, PIPE, scheme_of, shown
 from clipft.data.remote.body import Body, Fault
@@ -40,6 +39,10 @@ class NotFetched(Exception):
         self.final, self.absent = fault.final, fault.absent
 
 
+def nothing() -> None:
+    """What a wait tells others where nobody listens."""
+
+
 def open_body(address: str, start: int, patience: Patience) -> Body:
     """An attempt at the file from byte `start` on."""
     if address.startswith(PIPE):
@@ -61,7 +64,7 @@ class Fetch:
     def __init__(
         self,
         address: str,
-        file: BinaryIO,
+        file: BufferedIOBase,
         size: int | None,
         patience: Patience,
         beat: Callable[[], None],
@@ -166,7 +169,7 @@ def fetch_small(address: str, patience: Patience, wrong: Callable[[bytes], str])
     """The bytes of a small file; None where there is none."""
     into = BytesIO()
     try:
-        Fetch(address, into, None, patience, lambda: None, MOST_SMALL).run(lambda: wrong(into.getvalue()))
+        Fetch(address, into, None, patience, nothing, MOST_SMALL).run(lambda: wrong(into.getvalue()))
     except NotFetched as error:
         if error.absent:
             return None

@@ -36,15 +36,17 @@ class Told:
     stamp: str | None
 
 
-def learn(remote: Remote, again: bool = False) -> list[RemoteShard]:
-    """Fills in the index of every shard; returns those that had to be read whole for it.
+def learn(remote: Remote, workers: int | None = None, again: bool = False) -> list[RemoteShard]:
+    """Fills in the index of every shard; returns those that had to be read whole for it, by up to `workers` processes.
 
     With `again` it also asks for each indexed shard whether it is still the one that was indexed.
     """
     open_ = [shard for shard in remote.shards.values() if shard.index is None]
     found = at_once(partial(known, patience=remote.cache.patience, again=again), open_)
     new = [shard for shard, index in zip(open_, found, strict=True) if index is None]
-    found = [shard for shard in found if shard is not None] + read_whole(remote.cache, new)
+    found = [shard for shard in found if shard is not None] + read_whole(
+        remote.cache, new, READERS if workers is None else min(workers, READERS)
+    )
     remote.shards |= {shard.path: shard for shard in found}
     shards = [shard for shard in found if shard.index is not None]
     refuse_damage([shown(shard.address) for shard in shards], [shard.index for shard in shards if shard.index])
@@ -145,11 +147,11 @@ def ask_for(address: str, patience: Patience) -> Told:
         return Told(None, None)
 
 
-def read_whole(cache: Cache, shards: list[RemoteShard]) -> list[RemoteShard]:
+def read_whole(cache: Cache, shards: list[RemoteShard], workers: int) -> list[RemoteShard]:
     """Brings each shard once, and indexes it; what is done is stored, so that it goes on after a kill."""
     if not shards:
         return []
-    told = at_once(partial(ask_for, patience=cache.patience), shards)
+    told = at_once(partial(ask_for, patience=cache.patience), [shard.address for shard in shards])
     print(announced(shards, told, cache), file=sys.stderr, flush=True)
     sizes = [each.size for each in told]
     megabytes = [max(1, round(size / 1e6)) for size in sizes if size is not None]
@@ -157,7 +159,7 @@ def read_whole(cache: Cache, shards: list[RemoteShard]) -> list[RemoteShard]:
     progress = Progress("reading", "MB", sum(megabytes)) if whole else Progress("reading", "shards", len(shards))
     jobs = list(zip(shards, told, strict=True))
     return map_items(
-        partial(read_one, cache=cache), jobs, READERS, progress, "data.workers", megabytes if whole else None
+        partial(read_one, cache=cache), jobs, workers, progress, "data.workers", megabytes if whole else None
     )
 
 

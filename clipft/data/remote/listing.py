@@ -18,7 +18,6 @@ from clipft.data.remote.addresses import (
     beside,
     check_address,
     folder_of,
-    is_remote,
     name_of,
     scheme_of,
     shown,
@@ -136,7 +135,7 @@ def addresses_in(key: str, address: str, home: Path, listed: list[Listed]) -> di
     found = {}
     for each in listed:
         name = each.path.relative_to(home).as_posix() if each.path.is_relative_to(home) else ""
-        if not name or ".." in name.split("/") or is_remote(name):
+        if not name or ".." in name.split("/"):
             raise ValueError(f"{key}: {shown(beside(address, MANIFEST))} lists a shard outside of its folder.")
         found[address + (name if scheme_of(address) in PACKAGES else quote(name))] = each
     return found
