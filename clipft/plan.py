@@ -1,6 +1,7 @@
 """What a run will do, worked out from its config before anything heavy is imported."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from clipft.data.lanes import Lanes
 from clipft.data.mix import BLOCK, Mix, shares
 from clipft.data.order import Order, Shuffle, largest_share
 from clipft.data.pairs import Units, build_units
+from clipft.data.remote.addresses import shown
 from clipft.data.remote.ahead import most_at_once
 from clipft.data.sample import TEXT_KINDS, BadSample
 from clipft.data.split import Splits, find_shards, load_splits
@@ -55,11 +57,11 @@ def resolve(config: Config) -> Config:
     check_optimizer(config.optim)
     splits = load_splits(config.data)
     other_data(config)
-    check_captions(splits, config.loss.group)
     units = units_of(config, splits)
     order = order_of(config, splits, units)
+    check_cache(config, splits, order)  # before anything is downloaded
+    check_captions(splits, config.loss.group)
     count_steps(config, order, len(units))
-    check_cache(config, splits, order)
     if config.train.batch_size < config.trainer.devices:
         raise ValueError(
             f"train.batch_size={config.train.batch_size} is less than trainer.devices={config.trainer.devices}: "
@@ -105,7 +107,8 @@ def other_data(config: Config) -> tuple[list[DataConfig], list[str]]:
 
 def units_of(config: Config, splits: Splits) -> Units:
     """What an epoch holds each of once: images, or pairs of an image and a caption."""
-    assert splits.train is not None
+    if splits.train is None:
+        raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
     return build_units(splits.train, config.data.captions, splits.text_errors)
 
 
@@ -171,10 +174,23 @@ def check_cache(config: Config, splits: Splits, order: Order) -> None:
     else:
         what, todo = "of train all, because all its shards are shuffled together", "read it in lanes, data.lanes=8 say"
     raise ValueError(
-        f"data.cache_size={config.data.cache_size} is less than the {(train + others) / 1e9:,.3f} GB (of "
-        f"{whole / 1e9:,.3f} GB in all) that are needed at once: {what} ({train / 1e9:,.3f} GB), and val and test "
-        f"({others / 1e9:,.3f} GB). Raise it, or {todo}."
+        f"data.cache_size={config.data.cache_size} is less than the {megabytes(train + others)} (of {megabytes(whole)} "
+        f"in all) that are needed at once: {what} ({megabytes(train)}), and val and test ({megabytes(others)}). Raise "
+        f"it, or {todo}."
     )
+
+
+def to_come(samples: Samples, i: int) -> str:
+    """What to say before a sample is read whose shard has to be downloaded for it; "" where it is there."""
+    assert samples.remote is not None
+    shard = samples.remote.shards.get(samples.shards[samples.rows[i, 0]])
+    if shard is None or samples.remote.cache.has(shard):
+        return ""
+    return f"downloading {shown(shard.address)} ({megabytes(shard.size or 0)}) to look at its captions"
+
+
+def megabytes(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB"
 
 
 def bytes_elsewhere(samples: Samples | None) -> list[int]:
@@ -187,11 +203,12 @@ def bytes_elsewhere(samples: Samples | None) -> list[int]:
 
 def check_captions(splits: Splits, group: str | None) -> None:
     """Raises where training samples from all over have no captions (labels are no text to train on) or groups."""
-    if splits.train is None:
-        raise ValueError("data.train is empty: this data set has no training shards. Give data.train=SHARDS.")
+    assert splits.train is not None
     near = splits.train.rows[:, 0] == splits.train.rows[0, 0]
     # Elsewhere only in the first shard, which is downloaded for it.
     there = np.flatnonzero(near) if splits.train.remote else np.arange(len(near))
+    if splits.train.remote and (said := to_come(splits.train, int(there[0]))):
+        print(said, file=sys.stderr, flush=True)
     looked_at = there[np.linspace(0, len(there) - 1, min(LOOKED_AT, len(there))).astype(int)].tolist()
     read = partial(splits.train.read, kinds=TEXT_KINDS)
     if not any(succeeds(lambda i=i: written_captions(read(i), splits.text_errors)) for i in looked_at):

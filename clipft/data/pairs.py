@@ -1,6 +1,7 @@
 """Samples to the units that an epoch is made of: the samples themselves, or their pairs of image and caption."""
 
 import hashlib
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def count_captions(samples: Samples, text_errors: str = "strict") -> Int64[np.nd
     place = counts_place(samples, text_errors)
     counts = read_counts(place, len(samples))
     if counts is None:
+        if samples.remote is not None:
+            print("data.captions=all: every shard is read once to count its captions", file=sys.stderr, flush=True)
         counts = np.fromiter((num_captions(samples, i, text_errors) for i in range(len(samples))), np.int64)
         if counts.all():
             write_counts(place, counts)

@@ -269,9 +269,14 @@ def load_splits(config: DataConfig) -> Splits:
     learn(found.remote, config.workers)
     samples = {split: counted_samples(paths, found.remote) if paths else None for split, paths in found.shards.items()}
     notes = found.notes + [note for split, part in samples.items() if part is not None for note in losses(split, part)]
+    notes += elsewhere(found.remote)
     for split, part in samples.items():
         check_dropped(f"data.{split}", part, config.max_bad_frac)
+    measured = [part.remote for part in (samples["val"], samples["test"]) if part and part.remote]
+    kept = [shard for remote in measured for shard in remote.shards.values()]
     train, val = samples["train"], samples["val"]
+    if train is not None and train.remote is not None:
+        train = replace(train, remote=replace(train.remote, kept=kept))
     held_out = train is not None and val is None
     if val is not None and config.val_frac is not None:
         raise ValueError(
@@ -288,6 +293,15 @@ def load_splits(config: DataConfig) -> Splits:
     classnames = read_lines(found.folder / CLASSNAMES)
     test, errors, mix = samples["test"], config.text_errors, found.mix
     return Splits(found.name, train, val, test, notes, classnames, templates, errors, mix, held_out)
+
+
+def elsewhere(remote: Remote) -> list[str]:
+    """A sentence about the shards that lie elsewhere, where there are any."""
+    if not remote.shards:
+        return []
+    size = sum(shard.index.size for shard in remote.shards.values() if shard.index)
+    where = printable(f"{remote.cache.folder}, at most {remote.cache.limit / 1e6:,.1f} MB (data.cache_size)")
+    return [f"{counted(len(remote.shards), 'shard')} of {size / 1e6:,.1f} MB lie elsewhere and come by way of {where}"]
 
 
 def counted_samples(paths: list[str], remote: Remote) -> Samples:

@@ -79,7 +79,9 @@ def test_a_packed_folder_at_an_address_is_the_same_data_set(web: Site):
     here = packed(web.folder / "birds")
     local, away = load_splits(DataConfig(path=str(here))), load_splits(DataConfig(path=f"{web.url}/birds"))
     assert tars(web) == [], "the indexes beside the shards say all"
-    assert away.name == "birds" and away.classnames == ["blue tit", "wren"] and away.notes == []
+    assert away.name == "birds" and away.classnames == ["blue tit", "wren"]
+    size = sum(path.stat().st_size for path in here.glob("*.tar")) / 1e6
+    assert len(away.notes) == 1 and away.notes[0].startswith(f"4 shards of {size:,.1f} MB lie elsewhere and come by")
     for split in ("train", "val", "test"):
         one, two = getattr(local, split), getattr(away, split)
         assert keys(one) == keys(two) and one.fingerprint == two.fingerprint
@@ -187,11 +189,13 @@ def test_data_index_goes_on_after_it_was_cut_off_and_sees_what_changed(web: Site
     monkeypatch.chdir(tmp_path)
     shards = foreign(web.folder / "set", 3, 4, 5)
     os.rename(shards[2], shards[2] + ".late")
-    command = ["data", "index", f"data.train={web.url}/set/x-{{000..002}}.tar", "data.workers=0"]
+    command = ["data", "index", f"data.train={web.url}/set/x-{{000..002}}.tar"]
     assert main(command) == 2
     assert f"{web.url}/set/x-002.tar cannot be read: HTTP 404" in capsys.readouterr().err
     os.rename(shards[2] + ".late", shards[2])
-    web.asked.clear()
+    web.fails["/set/x-002.tar"] = [Fail(), Fail(status=404)]  # there when it is asked for, and gone when it is read
+    assert main([*command, "data.workers=1"]) == 2
+    assert f"{web.url}/set/x-002.tar cannot be read: HTTP 404" in capsys.readouterr().err
     assert main(command) == 0
     out = capsys.readouterr()
     assert "set: 3 shards indexed, 1 read whole for it" in out.out and "12" in out.out
@@ -277,6 +281,14 @@ def test_two_ranks_with_a_cache_smaller_than_the_set_get_the_batches_of_local_fi
     assert 0 < kept <= 6 * size
 
 
+def test_every_pair_of_a_remote_set_is_counted_after_that_was_announced(web: Site, capsys):
+    here = packed(web.folder / "birds")
+    one, two = load_splits(DataConfig(path=str(here))).train, load_splits(DataConfig(path=f"{web.url}/birds")).train
+    assert one is not None and two is not None
+    assert len(build_units(one, "all")) == len(build_units(two, "all")) == 20
+    assert "every shard is read once to count its captions" in capsys.readouterr().err
+
+
 def test_without_processes_the_batches_are_those_of_local_files_too(web: Site):
     here = packed(web.folder / "birds")
     one, two = load_splits(DataConfig(path=str(here))).train, load_splits(DataConfig(path=f"{web.url}/birds")).train
@@ -338,7 +350,7 @@ def test_the_next_window_comes_ahead_and_never_in_place_of_this_one(web: Site, t
     samples = load_splits(config).train
     assert samples is not None and samples.remote is not None
     order = Lanes(3, (8,) * 8, batch_size=8, lanes=2, window_shards=1)
-    ahead = Ahead(samples.remote, samples.shards, order, 0, 1, step=0)
+    ahead = Ahead(samples.remote, samples.shards, order, 0, 1, step=0, grace_s=0.0)
     brought = []
     while ahead.bring_next():
         brought.append(tars(web)[-1])
@@ -347,6 +359,24 @@ def test_the_next_window_comes_ahead_and_never_in_place_of_this_one(web: Site, t
     assert brought == wanted[:3], "there is room for three"
     ahead.step = order.per_epoch - 1
     assert ahead.bring_next(), "what the first windows held goes for the last ones"
+
+
+def test_what_is_measured_again_and_again_stays_while_the_windows_come_and_go(web: Site, tmp_path: Path):
+    folder = web.folder / "set"
+    shards = [Path(path) for path in write_shards(folder, *[8] * 8, prefix="train-")]
+    list_shards(folder, {"train": shards, "val": [Path(write_tar(folder / "val-0.tar", pairs(900, 2)))]})
+    size = shards[0].stat().st_size
+    splits = load_splits(DataConfig(path=f"{web.url}/set", cache_dir=str(tmp_path / "c"), cache_size=6 * size))
+    assert splits.train is not None and splits.train.remote is not None
+    content(splits.val)
+    order = Lanes(3, (8,) * 8, batch_size=8, lanes=2, window_shards=1)
+    ahead = Ahead(splits.train.remote, splits.train.shards, order, 0, 1, grace_s=0.0)
+    for step in range(2 * order.per_epoch):
+        ahead.step = step
+        while ahead.bring_next():
+            pass
+    content(splits.val)
+    assert len(tars(web)) > 8 and tars(web).count("/set/val-0.tar") == 1
 
 
 PIPES = "data.train names a command .*add data.allow_pipe=true to the command line"

@@ -12,6 +12,7 @@ from clipft.data.remote.cache import Remote, RemoteShard
 from clipft.data.remote.fetch import NotFetched, nothing
 from clipft.report import RunFailed
 
+GRACE_S = 10.0  # since its last use, in which a shard is not taken away: other processes may be a step behind
 PAUSE_S = 0.5  # before it looks again, where there is nothing to bring
 
 
@@ -26,6 +27,7 @@ class Ahead:
     rank: int
     world: int
     step: int = -1
+    grace_s: float = GRACE_S
     thread: Thread | None = field(default=None, repr=False)
     failed: set[str] = field(default_factory=set)
 
@@ -45,9 +47,9 @@ class Ahead:
 
     def bring_next(self) -> bool:
         """Brings the first shard that is missing, where it takes no room from what is read before it."""
-        cache, looked_s = self.remote.cache, time.time()
+        cache, looked_s = self.remote.cache, time.time() - self.grace_s
         mine, soon = needed(self.order, self.step, len(self.paths), self.rank, self.world)
-        cache.touch([shard for number in soon if (shard := self.shard(number))])
+        cache.touch([*(shard for number in soon if (shard := self.shard(number))), *self.remote.kept])
         for number in mine:
             shard = self.shard(number)
             if shard is None or shard.path in self.failed or cache.has(shard):

@@ -309,6 +309,8 @@ class Remote:
     cache: Cache
     shards: dict[str, RemoteShard] = field(default_factory=dict)
     """By their place in the cache."""
+    kept: list[RemoteShard] = field(default_factory=list)
+    """Others that are read again and again beside them, and go later than what nobody needs any more."""
     allow_pipe: bool = False
     """Whether the config that names them has data.allow_pipe."""
     mirrored: set[str] = field(default_factory=set)

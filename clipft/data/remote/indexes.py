@@ -34,6 +34,8 @@ class Told:
 
     size: int | None
     stamp: str | None
+    refused: str = ""
+    """Why it will not send it."""
 
 
 def learn(remote: Remote, workers: int | None = None, again: bool = False) -> list[RemoteShard]:
@@ -143,8 +145,8 @@ def ask_for(address: str, patience: Patience) -> Told:
         body = open_body(address, 0, patience)
         body.close()
         return Told(body.total, body.stamp)
-    except Fault:  # the read itself will try again and say more
-        return Told(None, None)
+    except Fault as fault:  # what may pass, the read itself will try again
+        return Told(None, None, f"{fault}. {fault.advice}" if fault.final else "")
 
 
 def read_whole(cache: Cache, shards: list[RemoteShard], workers: int) -> list[RemoteShard]:
@@ -152,6 +154,10 @@ def read_whole(cache: Cache, shards: list[RemoteShard], workers: int) -> list[Re
     if not shards:
         return []
     told = at_once(partial(ask_for, patience=cache.patience), [shard.address for shard in shards])
+    refused = [(shard, each.refused) for shard, each in zip(shards, told, strict=True) if each.refused]
+    if refused:
+        several = f" {len(refused)} of {len(shards)} shards without index cannot." if refused[1:] else ""
+        raise ValueError(f"{shown(refused[0][0].address)} cannot be read: {refused[0][1]}{several}")
     print(announced(shards, told, cache), file=sys.stderr, flush=True)
     sizes = [each.size for each in told]
     megabytes = [max(1, round(size / 1e6)) for size in sizes if size is not None]
@@ -170,7 +176,7 @@ def announced(shards: list[RemoteShard], told: list[Told], cache: Cache) -> str:
     count = f"{len(shards)} shard{'s' if shards[1:] else ''}"
     return (
         f"{count} ({size}) without index, the first is {shown(shards[0].address)}: read whole once, into "
-        f"{cache.folder} (at most {cache.limit / 1e9:,.1f} GB are kept there); their indexes are kept in "
+        f"{cache.folder} (at most {cache.limit / 1e6:,.1f} MB are kept there); their indexes are kept in "
         f"{user_cache() / 'index'}"
     )
 
