@@ -11,8 +11,9 @@ from clipft.config import DataConfig, VerifyConfig
 from clipft.data.look import Looked, Rules, look_at
 from clipft.data.manifest import MANIFEST, Listed, listed_beside, listed_shards
 from clipft.data.progress import Progress
+from clipft.data.remote.addresses import shown
 from clipft.data.sample import printable
-from clipft.data.split import CLASSNAMES, NORMAL, check_files, counted, doubtful, find_shards, read_lines
+from clipft.data.split import CLASSNAMES, NORMAL, Found, check_files, counted, doubtful, find_shards, read_lines
 from clipft.data.workers import map_items, num_workers
 from clipft.files import replace_file
 
@@ -69,15 +70,28 @@ def shards_of(config: DataConfig) -> tuple[str, Path, dict[str, list[str]]]:
     folder = Path(config.path).expanduser() if config.path else None
     listed = listed_shards(folder) if folder is not None and (folder / MANIFEST).is_file() else {}
     if folder is None or not any(listed.values()):
-        found = find_shards(config)
+        found = find_local(config)
         return found.name, found.folder, {split: paths for split, paths in found.shards.items() if paths}
     shards = {split: [str(each.path) for each in entries] for split, entries in listed.items()}
     known = {path for paths in shards.values() for path in paths}
     others = sorted({str(path) for path in folder.glob("*.tar")} - known)
     check_files("data.path", others)
-    given = find_shards(replace(config, path=None)).shards if config.train or config.val or config.test else {}
+    given = find_local(replace(config, path=None)).shards if config.train or config.val or config.test else {}
     shards |= ({UNLISTED: others} if others else {}) | {split: paths for split, paths in given.items() if paths}
     return config.name or folder.resolve().name, folder, shards
+
+
+def find_local(config: DataConfig) -> Found:
+    """The shards of the config; raises for those elsewhere, of which every download is compared anyway."""
+    found = find_shards(config)
+    away = next(iter(found.remote.shards.values()), None)
+    if away is not None:
+        raise ValueError(
+            f"data verify reads local shards, and {shown(away.address)} lies elsewhere. Each download of it is compared "
+            "with shards.json, or with its index; clipft data index asks whether it was changed. To have its images "
+            "looked at too, download the set and give its folder."
+        )
+    return found
 
 
 def compared(looked: Looked, listed: Listed | None) -> Looked:

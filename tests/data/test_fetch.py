@@ -1,5 +1,6 @@
 """Each way in which a server can fail, against a server of this machine that fails so."""
 
+import socket
 import time
 from collections.abc import Iterator
 from io import BytesIO
@@ -142,6 +143,26 @@ def test_nobody_at_the_address_is_an_error_with_the_reason(web: Site, tmp_path: 
         pass
     with pytest.raises(NotFetched, match=rf"{gone.url}/x\.tar cannot be read: Connection refused after 4 attempts"):
         fetch(gone)
+
+
+def test_a_host_that_nobody_knows_ends_at_once(web: Site):
+    address = "http://no-such-host.invalid/x.tar"
+    try:
+        socket.getaddrinfo("no-such-host.invalid", 80)
+    except socket.gaierror as error:
+        if error.errno != socket.EAI_NONAME:
+            pytest.skip("this machine has no name server")
+    with pytest.raises(NotFetched, match=r"invalid/x\.tar cannot be read: its host is not known\. Check the address"):
+        Fetch(address, BytesIO(), None, web.patience(), lambda: None).run(lambda: "")
+    assert web.sleeps == []
+
+
+def test_a_long_wait_is_said(web: Site, capsys: pytest.CaptureFixture):
+    web.fails["/x.tar"] = [Fail(status=503, headers={"Retry-After": "30"})]
+    assert fetch(web) == CONTENT
+    assert (
+        capsys.readouterr().err == f"warning: {web.url}/x.tar: HTTP 503 Service Unavailable; again in 30 s (1 of 4)\n"
+    )
 
 
 def test_a_server_without_ranges_begins_again(web: Site):

@@ -212,6 +212,16 @@ def test_data_index_of_local_shards_writes_their_indexes(tmp_path: Path, capsys,
     assert index_places(path)[0].is_file() and "30" in capsys.readouterr().out
 
 
+def test_verify_says_that_it_reads_local_shards(web: Site, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packed(web.folder / "birds")
+    for data in ("data=", "data.val="):
+        address = f"{web.url}/birds" + ("/val-000.tar" if "val" in data else "")
+        assert main(["data", "verify", f"{data}{address}"]) == 2
+        assert f"data verify reads local shards, and {web.url}/birds/" in capsys.readouterr().err
+    assert tars(web) == []
+
+
 AUGMENT = Augment(16, 0.9, 5.0, 0.5, "bicubic", "shortest", (0, 0, 0))
 
 

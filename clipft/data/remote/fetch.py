@@ -1,5 +1,6 @@
 """A remote file, whole: attempts one after the other, each going on where the last one broke off."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from clipft.data.remote.body import Body, Fault
 CHUNK = 1 << 18
 LEAST_RATE = 1024  # bytes a second; what comes slower for timeout_s counts as broken off
 ENOUGH = 1 << 24  # new bytes after which attempts are counted from the start
+SAID_S = 4.0  # waits from which on it is said
 MOST_SMALL = 1 << 30  # bytes of a list or an index
 AGAIN = "See whether the server can be reached, and start the same command again: it goes on."
 CHANGED = (
@@ -104,6 +106,11 @@ class Fetch:
                     raise NotFetched(self.failed(fault, failures, wait_s), fault) from fault
                 if fault.restart or self.address.startswith(PIPE):
                     self.restart()
+                if wait_s >= SAID_S:
+                    said = (
+                        f"{shown(self.address)}: {fault}; again in {wait_s:.0f} s ({failures} of {self.patience.tries})"
+                    )
+                    print(f"warning: {said}", file=sys.stderr, flush=True)
                 self.wait(wait_s)
 
     def attempt(self) -> None:

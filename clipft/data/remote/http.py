@@ -5,6 +5,7 @@ import netrc
 import os
 import re
 import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -45,7 +46,7 @@ def open_http(address: str, start: int, timeout_s: float) -> Body:
                 raise Fault(f"{why}, which is not followed", final=True) from error
             url = after
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Fault(said_of(error)) from error
+            raise unanswered(error) from error
         else:
             return body_of(response)
     raise Fault(f"more than {MOST_REDIRECTS} redirects", final=True)
@@ -151,6 +152,17 @@ def wanted_wait_s(value: str | None) -> float | None:
     with suppress(ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None
+
+
+def unanswered(error: Exception) -> Fault:
+    """A connection that did not come about."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+        return Fault("its host is not known", final=True, advice="Check the address, and this machine's network.")
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        advice = "Use the name that the certificate is for, or add its authority to this machine's (SSL_CERT_FILE)."
+        return Fault(f"its certificate is not trusted ({cause.verify_message})", final=True, advice=advice)
+    return Fault(said_of(error))
 
 
 def said_of(error: Exception) -> str:
