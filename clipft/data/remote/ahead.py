@@ -12,6 +12,7 @@ from clipft.data.remote.cache import Remote, RemoteShard
 from clipft.data.remote.fetch import NotFetched, nothing
 from clipft.report import RunFailed
 
+AHEAD_TRIES = 2  # the reader, who waits meanwhile, has more of its own
 GRACE_S = 10.0  # since its last use, in which a shard is not taken away: other processes may be a step behind
 PAUSE_S = 0.5  # before it looks again, where there is nothing to bring
 
@@ -36,7 +37,9 @@ class Ahead:
         self.step = step
         if self.thread is None:
             # A reader that hangs must not seem to get further because this thread does.
-            self.remote = replace(self.remote, cache=replace(self.remote.cache, beat=nothing))
+            cache = self.remote.cache
+            cache = replace(cache, beat=nothing, patience=replace(cache.patience, tries=AHEAD_TRIES))
+            self.remote = replace(self.remote, cache=cache)
             self.thread = Thread(target=self.run, daemon=True)
             self.thread.start()
 

@@ -12,7 +12,7 @@ from clipft.data.remote.body import Body, Fault
 CHUNK = 1 << 18
 LEAST_RATE = 1024  # bytes a second; what comes slower for timeout_s counts as broken off
 ENOUGH = 1 << 24  # new bytes after which attempts are counted from the start
-SAID_S = 4.0  # waits from which on it is said
+SAID_S = 4.0  # attempts and waits of this length are said
 MOST_SMALL = 1 << 30  # bytes of a list or an index
 AGAIN = "See whether the server can be reached, and start the same command again: it goes on."
 CHANGED = (
@@ -29,7 +29,7 @@ class Patience:
     wait_s: float = 1.0
     """After the first failure; twice as long after each further one."""
     longest_wait_s: float = 120.0
-    timeout_s: float = 60.0
+    timeout_s: float = 30.0
     sleep: Callable[[float], None] = time.sleep
 
 
@@ -88,6 +88,7 @@ class Fetch:
         """
         failures, spoiled, reached = 0, 0, 0
         while True:
+            began_s = time.monotonic()
             try:
                 self.attempt()
                 if not (what := wrong()):
@@ -106,11 +107,9 @@ class Fetch:
                     raise NotFetched(self.failed(fault, failures, wait_s), fault) from fault
                 if fault.restart or self.address.startswith(PIPE):
                     self.restart()
-                if wait_s >= SAID_S:
-                    said = (
-                        f"{shown(self.address)}: {fault}; again in {wait_s:.0f} s ({failures} of {self.patience.tries})"
-                    )
-                    print(f"warning: {said}", file=sys.stderr, flush=True)
+                if wait_s >= SAID_S or time.monotonic() - began_s >= SAID_S:
+                    again = f"again in {wait_s:.0f} s ({failures} of {self.patience.tries})"
+                    print(f"warning: {shown(self.address)}: {fault}; {again}", file=sys.stderr, flush=True)
                 self.wait(wait_s)
 
     def attempt(self) -> None:
