@@ -20,7 +20,7 @@ from clipft.arguments import (
     to_overrides,
 )
 from clipft.conf_files import conf_dirs, yaml_names
-from clipft.config import Config, EvaluateConfig, ExportConfig, IndexConfig, PackConfig, VerifyConfig
+from clipft.config import CheckConfig, Config, EvaluateConfig, ExportConfig, IndexConfig, PackConfig, VerifyConfig
 from clipft.data.remote.addresses import ALLOW_PIPE
 from clipft.learn.stop import STOPPED
 from clipft.model.listing import list_models
@@ -37,6 +37,7 @@ python train.py model=ViT-B-32 data=mydata trainer.devices=8 name=eight
 python train.py model=runs/flickr8k data=emoji         fine-tune the best weights of an earlier run
 python train.py model=ViT-B-32 'data.train="shards/{000..059}.tar"' data.val=shards/val logger=wandb
 clipft data pack source=FOLDER out=data/mydata         images with captions or labels, in any usual form -> shards
+clipft data check data=mydata                          repeats, leaks, cut captions, broken and odd images
 clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot numbers
 clipft export run=runs/emoji                           a folder that open_clip loads"""
 
@@ -62,6 +63,12 @@ clipft data pack source=photos out=data/mydata split.val=0.05            hold ou
 clipft data pack source=table.csv out=data/mydata columns.caption=title  say which of two columns it is
 clipft data pack source=photos out=data/mydata image.max_size=512        scale large photos down
 clipft data pack source=classes out=data/mydata captions_from_labels=true templates=openai"""
+
+CHECKING = """\
+Tables here, pictures in checks/NAME/report.html, a row per sample in checks/NAME/findings.parquet
+clipft data check data=mydata                            a packed set, or any shards: data.train=... data.val=...
+clipft data check source=FOLDER                          what data pack reads, before it is packed
+clipft data check data=mydata model=ViT-L-14 model.context_length=32 'batch_sizes=[512,2048]'"""
 
 
 @dataclass(frozen=True)
@@ -325,11 +332,27 @@ def verify(config: VerifyConfig) -> int:
     return 0
 
 
+def check(config: CheckConfig) -> int:
+    from clipft.data.check import run as module
+    from clipft.model.tokens import reader_of
+    from clipft.plan import make_toy_data
+
+    reader = reader_of(config.model)
+    make_toy_data(config.data)
+    report = module.check(config, reader)
+    print(report.text, flush=True)
+    module.refuse(report)
+    return 0
+
+
 COMMANDS = {
     "train": Command(Config, "train", train, "fine-tune a model; what train.py runs"),
     "evaluate": Command(EvaluateConfig, "evaluate", evaluate, "measure a model on a data set"),
     "export": Command(ExportConfig, "export", export, "write a run's weights as files that open_clip loads"),
     "data pack": Command(PackConfig, "pack", pack, "write WebDataset shards from what you have", PACKING),
     "data index": Command(IndexConfig, "index", index, "find out what shards hold, before a run needs to know"),
+    "data check": Command(
+        CheckConfig, "check", check, "look at a data set: repeats, leaks, cut captions, odd images", CHECKING
+    ),
     "data verify": Command(VerifyConfig, "verify", verify, "read a data set whole: is it as it was written"),
 }

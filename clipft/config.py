@@ -658,3 +658,44 @@ class VerifyConfig:
     """Also decode every image and read its captions; false: only checksums, tar headers and stored indexes."""
     out: str | None = None
     """Also write every finding to this file: a line of JSON each, with key, reason, shard and byte."""
+
+
+@dataclass(kw_only=True)
+class CheckConfig:
+    """What `clipft data check` reads."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    source: str | None = None
+    """In place of data: what `clipft data pack source=` takes, before it is packed."""
+    format: str | None = None
+    """As of `clipft data pack`."""
+    root: str | None = None
+    """As of `clipft data pack`."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    csv: CsvConfig = field(default_factory=CsvConfig)
+    model: ModelConfig
+    batch_sizes: list[int] = field(default_factory=lambda: [64, 256, 1024, 4096])
+    """Sizes of a batch for which the pairs are counted that belong together; larger ones than the set are left out."""
+    out: str | None = None
+    """Folder for report.html and findings.parquet; null: checks/NAME."""
+
+    def __post_init__(self):
+        data = {name: getattr(self.data, name) for name in ("path", "train", "val", "test", "val_frac")}
+        given = [name for name, value in data.items() if value]
+        if self.source is not None and given:
+            raise ValueError(f"source={self.source!r} and data.{given[0]} are two sets of data. Give one of them.")
+        if self.source is not None and self.data.text_errors != "strict":
+            raise ValueError("data.text_errors=replace would be ignored: packing reads captions strictly.")
+        options = {
+            "format": self.format,
+            "root": self.root,
+            **{f"columns.{name}": value for name, value in vars(self.columns).items()},
+            **{f"csv.{name}": value for name, value in vars(self.csv).items()},
+        }
+        ignored = [name for name, value in options.items() if value is not None]
+        if self.source is None and ignored:
+            raise ValueError(f"{ignored[0]}={options[ignored[0]]!r} would be ignored: it belongs to source=.")
+        if self.format is not None:
+            one_of("format", self.format, SOURCE_FORMATS)
+        if not self.batch_sizes or min(self.batch_sizes) < 2:
+            raise ValueError(f"batch_sizes={list(self.batch_sizes)} must be whole numbers from 2 on.")

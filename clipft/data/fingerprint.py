@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
@@ -46,10 +47,7 @@ def look_at_images(places: Sequence[Place], limit: str | None, deep: bool) -> np
 def look_at_image(place: Place, limit: str | None, deep: bool) -> Any:
     seen = np.zeros((), SEEN)
     try:
-        if isinstance(place, str) and limit is not None and os.path.lexists(place) and leads_out(place, limit):
-            raise BadSample("image_outside_source")
-        if isinstance(place, str) and not os.path.isfile(place):  # opening a pipe would wait for its writer
-            raise BadSample("image_missing")
+        refuse_path(place, limit)
         if isinstance(place, str) and not deep:
             with open(place, "rb") as file:
                 seen["kind"] = KINDS.index(image_extension(file))
@@ -62,17 +60,34 @@ def look_at_image(place: Place, limit: str | None, deep: bool) -> Any:
         seen["reason"] = 1 + REASONS.index("image_unreadable")
     else:
         if deep:
-            seen["digest"] = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+            seen["digest"] = digest_of(raw)
             fill_looks(seen, raw)
     return seen[()]
 
 
+def refuse_path(place: Place, limit: str | None) -> None:
+    """BadSample for a path that leads to no plain file, or over a link out of the folder `limit`."""
+    if not isinstance(place, str):
+        return
+    if limit is not None and os.path.lexists(place) and leads_out(place, limit):
+        raise BadSample("image_outside_source")
+    if not os.path.isfile(place):  # opening a pipe would wait for its writer
+        raise BadSample("image_missing")
+
+
 def fill_looks(seen: np.ndarray, raw: bytes) -> None:
     """Adds what the picture looks like, where it can be decoded and is more than one flat colour."""
-    try:
-        pixels = decode_pillow(raw, MOST_PIXELS, SIDE)
-    except BadSample:
-        return
+    with suppress(BadSample):
+        put_looks(seen, decode_pillow(raw, MOST_PIXELS, SIDE))
+
+
+def digest_of(raw: bytes) -> int:
+    """What equal bytes share, for the column `digest`."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def put_looks(seen: np.ndarray, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+    """Fills the columns hashed, hash and colours, unless the picture is one flat colour."""
     bits, colours, std = looks_of(pixels)
     if std >= LEAST_STD:
         seen["hashed"], seen["hash"], seen["colours"] = True, np.packbits(bits).view(np.uint64), colours

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from braceexpand import braceexpand
+from jaxtyping import Bool
 
 from clipft.config import DataConfig
 from clipft.data.index import Samples, index_shards
@@ -363,21 +364,26 @@ def counted(number: int, noun: str) -> str:
 
 
 def hold_out(train: Samples, val_frac: float) -> tuple[Samples, Samples]:
-    """Training samples without the share that is lowest by a hash of its keys, and that share.
+    """Training samples without the share that is lowest by a hash of its keys, and that share."""
+    chosen = held_out([train.key(i) for i in range(len(train))], val_frac)
+    rest = train.take(np.flatnonzero(~chosen))
+    return replace(rest, dropped=train.dropped, examples=train.examples), train.take(np.flatnonzero(chosen))
+
+
+def held_out(keys: list[str], val_frac: float) -> Bool[np.ndarray, " keys"]:
+    """Which of the training samples are held out.
 
     The hash sees the key alone, so neither the order of the shards nor the rest of the data decides.
     """
-    num_val = max(1, round(val_frac * len(train)))
-    if num_val >= len(train):
+    num_val = max(1, round(val_frac * len(keys)))
+    if num_val >= len(keys):
         raise ValueError(
-            f"data.val_frac={val_frac} of {len(train)} samples leaves none to train on. "
+            f"data.val_frac={val_frac} of {len(keys)} samples leaves none to train on. "
             "Make it smaller, or give data.val."
         )
-    hashes = column_of_hashes(train.key(i) for i in range(len(train)))
-    chosen = np.zeros(len(train), bool)
-    chosen[np.argsort(hashes, kind="stable")[:num_val]] = True
-    rest = train.take(np.flatnonzero(~chosen))
-    return replace(rest, dropped=train.dropped, examples=train.examples), train.take(np.flatnonzero(chosen))
+    chosen = np.zeros(len(keys), bool)
+    chosen[np.argsort(column_of_hashes(keys), kind="stable")[:num_val]] = True
+    return chosen
 
 
 def column_of_hashes(keys: Iterable[str]) -> np.ndarray:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipft.model.encode import OpenClip
+from clipft.model.tokens import make_tokenizer
 from clipft.model.towers import ModelCfg, check_towers
 
 
@@ -74,12 +75,6 @@ def build_model(model_cfg: ModelCfg) -> OpenClip:
 
 
 def build_tokenizer(text_cfg: dict, tokenizer_dir: Path | None) -> Callable[[list[str]], Int64[Tensor, "n L"]]:
-    """open_clip's tokenizer for the text tower; those of transformers are read from the folder, if given."""
-    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
+    from open_clip import tokenizer
 
-    length = text_cfg.get("context_length", DEFAULT_CONTEXT_LENGTH)
-    options = text_cfg.get("tokenizer_kwargs") or {}
-    if not text_cfg.get("hf_tokenizer_name"):
-        return SimpleTokenizer(context_length=length, **options)
-    source = str(tokenizer_dir or text_cfg["hf_tokenizer_name"])
-    return HFTokenizer(source, context_length=length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
+    return make_tokenizer(tokenizer, text_cfg, tokenizer_dir)
