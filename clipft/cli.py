@@ -37,7 +37,6 @@ python train.py model=ViT-B-32 data=mydata trainer.devices=8 name=eight
 python train.py model=runs/flickr8k data=emoji         fine-tune the best weights of an earlier run
 python train.py model=ViT-B-32 'data.train="shards/{000..059}.tar"' data.val=shards/val logger=wandb
 clipft data pack source=FOLDER out=data/mydata         images with captions or labels, in any usual form -> shards
-clipft data check data=mydata                          repeats, leaks, cut captions, broken and odd images
 clipft evaluate model=runs/emoji data=flickr8k         retrieval and zero-shot numbers
 clipft export run=runs/emoji                           a folder that open_clip loads"""
 

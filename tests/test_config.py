@@ -12,6 +12,7 @@ from clipft import fit, ranks
 from clipft.arguments import options_of
 from clipft.cli import main
 from clipft.config import (
+    CheckConfig,
     Config,
     DataConfig,
     EvaluateConfig,
@@ -347,12 +348,16 @@ PACKING = {
 
 
 def test_the_other_commands_have_no_option_without_a_test():
-    """Their options are read in tests/test_commands.py and data/test_verify.py; this list has to grow with them."""
+    """Their options are read in tests/test_commands.py, data/test_verify.py and data/test_data_check.py; this list has
+    to grow with them."""
     assert {option.key for option in options_of(ExportConfig)} == {"run", "checkpoint", "out"}
     assert {option.key for option in options_of(PackConfig)} == set(PACKING)
     tests = "".join(path.read_text() for path in (Path(__file__).parent / "data").rglob("test_*.py"))
     assert all(f"def {name}" in tests for name in PACKING.values())
     assert {option.key for option in options_of(VerifyConfig) if "." not in option.key} == {"decode", "out"}
+    reading = {key for key in PACKING if key in ("source", "format", "root") or key.startswith(("columns.", "csv."))}
+    own = {option.key for option in options_of(CheckConfig) if not option.key.startswith(("data.", "model."))}
+    assert own == reading | {"batch_sizes", "out"}
     sweep = {"n_trials", "n_jobs", "sampler", "pruner", "n_startup_trials", "seed", "params"}  # tests/sweep
     assert {option.key for option in options_of(SearchConfig)} == sweep
     assert {option.key for option in options_of(GridConfig)} == {"n_jobs", "params"}

@@ -86,7 +86,7 @@ def digest_of(raw: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
-def put_looks(seen: np.ndarray, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
+def put_looks(seen: np.ndarray | np.void, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
     """Fills the columns hashed, hash and colours, unless the picture is one flat colour."""
     bits, colours, std = looks_of(pixels)
     if std >= LEAST_STD:

@@ -67,7 +67,7 @@ def by_packing(reason: str, contents: Contents, rows: list[int]) -> bool:
     return bool(rows) and (contents.items[rows[0]].reason == reason or reason in set(REASONS) - {"too_large"})
 
 
-def share(part: float, whole: float) -> str:
+def share(part: int, whole: int) -> str:
     """A share in percent; few are never shown as none, and all but few never as all."""
     percent = 100 * part / whole if whole else 0.0
     if 0 < percent < 0.1:
@@ -80,8 +80,8 @@ def about_use(case: Case) -> Iterator[str]:
     split = case.figures.splits.get(case.figures.trained)
     if split and split.usable and not split.captions:
         yield (
-            "It has labels and no captions: it can be measured (clipft evaluate), not trained on. To train, pack it with "
-            "captions_from_labels=true, and train with loss.positives=group loss.group=label."
+            "It has labels and no captions: it can be measured (clipft evaluate), not trained on. To train, pack it "
+            "with captions_from_labels=true, and train with loss.positives=group loss.group=label."
         )
     number = case.figures.negatives.number
     if case.figures.trained == "train" and 0 < number < BATCH:
@@ -89,21 +89,24 @@ def about_use(case: Case) -> Iterator[str]:
 
 
 def about_leaks(case: Case) -> Iterator[str]:
+    images, captions = [], []
     for sides, found in case.figures.shared.items():
         first, second = sides.split("/")
-        total = case.figures.splits[second]
-        if found.images or found.alike:
-            both = found.images + found.alike
-            yield (
+        total, both = case.figures.splits[second], found.images + found.alike
+        if both:
+            images.append(
                 f"{both:,} of {total.usable:,} {second} images ({share(both, total.usable)}) are also in {first}: "
-                f"{found.images:,} with the same bytes, {found.alike:,} that look the same. What is measured on {second} "
-                f"is better than the model; {REPACK}, which keeps such images on one side."
+                f"{found.images:,} with the same bytes, {found.alike:,} that look the same"
             )
-        if 100 * found.captions > ENOUGH * total.captions and first == "train":
-            yield (
-                f"{found.captions:,} of {total.captions:,} {second} captions ({share(found.captions, total.captions)}) "
-                "are also in train. Where that should not count, split.by=caption keeps equal captions on one side."
-            )
+        if 100 * found.captions > ENOUGH * total.captions and sides in ("train/val", "train/test"):
+            captions.append(f"{found.captions:,} of {total.captions:,} {second} captions")
+    if images:
+        yield f"{'; '.join(images)}. What is measured there is better than the model; {REPACK}."
+    if captions:
+        yield (
+            f"{' and '.join(captions)} are also in train. Where that should not count, split.by=caption at packing "
+            "keeps equal captions on one side."
+        )
 
 
 def about_dropped(case: Case) -> Iterator[str]:
@@ -149,7 +152,7 @@ def about_captions(case: Case) -> Iterator[str]:
             f"and its weights saw few of them. A multilingual model: {MULTILINGUAL}."
         )
     if (bare := case.figures.scripts.get("no letters")) and 100 * bare.captions > ENOUGH * lengths.number:
-        yield f"{counted(bare.captions, 'caption')} without a letter, such as numbers or emoji: look whether they are meant."
+        yield f"{counted(bare.captions, 'caption')} without a letter, such as numbers or emoji: see if they are meant."
     split = case.figures.splits[case.figures.trained]
     with_captions = case.figures.negatives.number
     if case.data.captions == "one" and with_captions and split.captions > 1.5 * with_captions:
@@ -205,8 +208,8 @@ def about_images(case: Case) -> Iterator[str]:
         )
     if figures.median_side > 2 * size:
         yield (
-            f"Half of the images have a shorter side of more than {figures.median_side} pixels, {case.reader.name} sees "
-            f"{size}: image.max_size={2 * size} at packing makes loading faster and the shards smaller."
+            f"Half of the images have a shorter side of more than {figures.median_side} pixels, {case.reader.name} "
+            f"sees {size}: image.max_size={2 * size} at packing makes loading faster and the shards smaller."
         )
     if number["odd_aspect"]:
         yield (
@@ -216,12 +219,12 @@ def about_images(case: Case) -> Iterator[str]:
     odd = [f"{number[name]:,} {text}" for name, text in ODD.items() if number[name]]
     if odd:
         yield (
-            f"Look at these, whether their captions can be seen in them: {', '.join(odd)} (pictures in report.html, keys "
-            "in findings.parquet). To leave some out, take them out of the source and pack again."
+            f"Look at these, whether their captions can be seen in them: {', '.join(odd)} (pictures in report.html, "
+            "keys in findings.parquet). To leave some out, take them out of the source and pack again."
         )
 
 
-ODD = {"dark": "dark", "one_colour": "of one colour", "blurred": "blurred", "tiny": "tiny"}
+ODD = {"dark": "dark", "flat": "flat", "blurred": "blurred", "tiny": "tiny"}
 
 
 def about_splits(case: Case) -> Iterator[str]:
@@ -229,11 +232,11 @@ def about_splits(case: Case) -> Iterator[str]:
     if case.contents.held_out:
         frac = VAL_FRAC if case.data.val_frac is None else case.data.val_frac
         yield (
-            f"Without a val split training holds out data.val_frac={frac} of train by a hash of the keys, which does not "
-            "keep equal images together; split.val=0.05 at packing does."
+            f"Without a val split training holds out data.val_frac={frac} of train by a hash of the keys, which does "
+            "not keep equal images together; split.val=0.05 at packing does."
         )
     elif not case.contents.packed and "val" not in splits and "train" in splits:
         yield "There is no val split yet: split.val=0.05 at packing draws one, equal and similar images on one side."
     small = splits.get("val")
     if small and not case.contents.held_out and 0 < small.usable < 100:
-        yield f"val has {counted(small.usable, 'image')}: differences between runs of less than some percent mean nothing."
+        yield f"val has {counted(small.usable, 'image')}: differences of some percent between runs mean nothing."

@@ -108,10 +108,11 @@ def figures_of(
     shared, leaked = shared_by(rows)
     looks = rows.seen.looks[rows.usable]
     sides = np.minimum(looks["height"], looks["width"])
-    per_tar = Counter((item.split, item.shard) for item, ok in zip(rows.items, rows.usable, strict=True) if ok)
+    per_tar = Counter(item.shard for item, ok in zip(rows.items, rows.usable, strict=True) if ok)
+    times = Counter(tar.path for tar in tars)  # that a shard is read for: one of two splits counts for both
     return Figures(
         splits={split: split_figures(rows, split, tars) for split in rows.splits},
-        tars=[(tar, per_tar[tar.split, tar.path]) for tar in tars],
+        tars=[(tar, per_tar[tar.path] // times[tar.path]) for tar in tars],
         trained=trained,
         dropped=by_reason(rows),
         lengths=lengths_of(rows, context_length),

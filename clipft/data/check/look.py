@@ -6,7 +6,7 @@ from functools import partial
 from io import BytesIO
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 from clipft.data.caption import question_of
@@ -31,10 +31,11 @@ LOOK = np.dtype(
         ("height", np.int32),
         ("width", np.int32),
         ("digest", np.uint64),
-        ("hashed", np.bool_),  # whether the next two mean anything: not for one flat colour
+        ("hashed", np.bool_),  # whether the next two mean anything: not for large flat grounds
         ("hash", np.uint64, 2),
         ("colours", np.uint8, 48),
         ("light", np.float32),  # grey value, 0..1, that 1 in 100 pixels exceeds
+        ("contrast", np.float32),  # standard deviation of the grey values, 0..1
         ("sharpness", np.float32),
     ]
 )
@@ -129,7 +130,7 @@ def image_of_item(item: Item, rules: Rules) -> bytes:
         raise BadSample("image_unreadable") from error
 
 
-def fill(look: np.ndarray, raw: bytes, rules: Rules) -> bytes:
+def fill(look: np.void, raw: bytes, rules: Rules) -> bytes:
     """Writes what is seen of an image into its record; the thumbnail, where one is wanted."""
     pixels = decode_rgb(raw, rules.max_pixels)
     with open_image(BytesIO(raw)) as image:
@@ -139,12 +140,12 @@ def fill(look: np.ndarray, raw: bytes, rules: Rules) -> bytes:
     small = shrunk(Image.fromarray(pixels), SEEN_PX)
     put_looks(look, np.asarray(small))
     grey = np.asarray(small.convert("L"), np.float32) / 255
-    look["light"], look["sharpness"] = np.percentile(grey, 99), sharpness(grey)
+    look["light"], look["contrast"], look["sharpness"] = np.percentile(grey, 99), grey.std(), sharpness(grey)
     return thumbnail(small) if rules.thumbs else b""
 
 
 def shrunk(image: Image.Image, shorter_px: int) -> Image.Image:
-    """The picture with a shorter side of so many pixels, where it has more; each pixel is the mean of those it covers."""
+    """The picture with a shorter side of so many pixels, where it has more; each one is the mean of those it covers."""
     scale = shorter_px / min(image.size)
     if scale >= 1:
         return image
@@ -174,8 +175,8 @@ def thumbnail(image: Image.Image, longer_px: int = THUMB_PX) -> bytes:
 
 def picture_of(item: Item, max_pixels: int, longer_px: int) -> bytes | None:
     """A larger picture of an item, for a page; None where it can no longer be read."""
+    assert item.image is not None
     try:
-        pixels: UInt8[np.ndarray, "H W 3"] = decode_rgb(read_place(item.image), max_pixels) if item.image else None
+        return thumbnail(Image.fromarray(decode_rgb(read_place(item.image), max_pixels)), longer_px)
     except (BadSample, OSError):
         return None
-    return None if pixels is None else thumbnail(Image.fromarray(pixels), longer_px)

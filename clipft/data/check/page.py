@@ -21,8 +21,9 @@ body { margin: 0 auto; padding: 1.25rem 1rem 4rem; max-width: 62rem; background:
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 h3 { font-size: .95rem; margin: 1.25rem 0 .4rem; font-weight: 600; }
-p, .sub { margin: .3rem 0; color: var(--soft); }
-.advice { margin: 1.25rem 0; padding: .9rem 1.1rem .9rem 2rem; background: var(--tint); border-left: 4px solid var(--mark); }
+p { margin: .3rem 0; color: var(--soft); }
+.advice { margin: 1.25rem 0; padding: .9rem 1.1rem .9rem 2rem; background: var(--tint);
+  border-left: 4px solid var(--mark); }
 .advice li { margin: .4rem 0; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
@@ -34,19 +35,21 @@ td.w { min-width: 7rem; }
   max-width: 40rem; font-size: .85rem; font-variant-numeric: tabular-nums; align-items: center; }
 .bars span { text-align: right; } .bars div { height: .8rem; } .bars i { display: block; height: 100%; min-width: 1px;
   background: var(--bar); border-radius: 2px; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .7rem; margin: 0 0 1rem; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .7rem; margin: 0 0 1rem; }
 figure { margin: 0; } figcaption { font-size: .75rem; line-height: 1.3; color: var(--soft); margin-top: .25rem;
-  display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
-img, .gone { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--tint); border-radius: 4px; display: block; }
+  display: -webkit-box; -webkit-line-clamp: 5; -webkit-box-orient: vertical; overflow: hidden; }
+figcaption b { display: block; font-weight: 400; color: var(--ink); }
+img, .gone { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--tint); border-radius: 4px;
+  display: block; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--soft); }
 """
 
 
 def page_of(
-    title: str, sections: list[Section], advice: list[str], ends: list[str], picture: Callable[[int], bytes | None]
+    title: str, about: str, sections: list[Section], advice: list[str], picture: Callable[[int], bytes | None]
 ) -> str:
     """The page; `picture` gives a row's JPEG."""
-    body = [f"<h1>{said(title)}</h1>", *(f'<p class="sub">{said(end)}</p>' for end in ends)]
+    body = [f"<h1>{said(title)}</h1>", f"<p>{said(about)}</p>"]
     body += ['<ul class="advice">', *(f"<li>{said(sentence)}</li>" for sentence in advice), "</ul>"]
     for section in sections:
         body.append(f"<h2>{said(section.title)}</h2>")
@@ -82,6 +85,10 @@ def grid_html(grid: Grid) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def folded_html(grid: Grid) -> str:
+    return f"<details><summary>{len(grid.rows):,} rows: {said(grid.header[0])}</summary>{grid_html(grid)}</details>"
+
+
 def bars_html(bars: list[tuple[str, int]], what: str) -> Iterator[str]:
     most = max((number for _, number in bars), default=0)
     if not most:
@@ -99,5 +106,6 @@ def strip_html(strip: Strip, picture: Callable[[int], bytes | None]) -> str:
         raw = picture(each.row)
         source = f"data:image/jpeg;base64,{base64.b64encode(raw).decode()}" if raw else ""
         shown = f'<img src="{source}" alt="{said(each.words)}">' if raw else '<div class="gone"></div>'
-        figures.append(f"<figure>{shown}<figcaption>{said(each.words)}</figcaption></figure>")
+        words = f"<b>{said(each.words)}</b>{said(each.key)}" if each.words else said(each.key)
+        figures.append(f'<figure title="{said(each.key)}">{shown}<figcaption>{words}</figcaption></figure>')
     return f'<h3>{said(strip.title)}</h3><div class="strip">{"".join(figures)}</div>'

@@ -29,7 +29,7 @@ def findings_of(rows: Rows, figures: Figures, contents: Contents) -> bytes:
         "tokens": pa.array(rows.seen.tokens, pa.list_(pa.int32())),
         "label": pa.array([name_of(label, contents.classnames) for label in rows.seen.labels], pa.string()),
     }
-    for name in ("width", "height", "bytes", "mode", "format", "light", "sharpness"):
+    for name in ("width", "height", "bytes", "mode", "format", "light", "contrast", "sharpness"):
         columns[name] = pa.array(looks[name], mask=unknown)
     columns["digest"] = pa.array([f"{value:016x}" for value in looks["digest"].tolist()], mask=unknown)
     hashes = np.ascontiguousarray(looks["hash"]).view(np.uint8).reshape(len(looks), 16)

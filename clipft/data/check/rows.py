@@ -15,6 +15,7 @@ from clipft.data.check.items import Item
 from clipft.data.check.look import Seen
 from clipft.data.split import ordered
 
+FLAT = 4 / 255  # of `contrast`: no more than the noise of a JPEG
 DARK = 0.25  # of `light`: of Flickr8k's photos 1 in 8,091 is as dark, a night sky
 BLURRED = 0.01  # of `sharpness`: no photo of Flickr8k is below, 95 of 100 are once blurred with a sigma of 3 pixels
 ODD_ASPECT = 3.0  # longer side per shorter side: the square that is cut out shows a third
@@ -105,12 +106,13 @@ def flags_of(rows: Rows, image_size: int, context_length: int) -> dict[str, Bool
     """What is odd about each row; several may hold, none of them for a row that cannot be used."""
     looks, index = rows.seen.looks, np.arange(len(rows.items))
     shorter, longer = np.minimum(looks["height"], looks["width"]), np.maximum(looks["height"], looks["width"])
+    flat = looks["contrast"] < FLAT
     flags = {
         "duplicate": rows.same != index,
         "near_duplicate": (rows.alike != index) & (rows.same == index),
-        "dark": looks["hashed"] & (looks["light"] < DARK),
-        "one_colour": ~looks["hashed"],
-        "blurred": looks["hashed"] & (looks["sharpness"] < BLURRED),
+        "dark": ~flat & (looks["light"] < DARK),
+        "flat": flat,
+        "blurred": ~flat & (looks["sharpness"] < BLURRED),
         "tiny": shorter < TINY_FRAC * image_size,
         "odd_aspect": longer > ODD_ASPECT * shorter,
         "cut_caption": np.isin(index, rows.owner[is_cut(rows, context_length)]),

@@ -35,7 +35,7 @@ class Report:
 def check(config: CheckConfig, reader: Reader) -> Report:
     """Looks at every sample, writes report.html and findings.parquet, and gives what the terminal shows."""
     contents = contents_of(config)
-    out = out_folder(config.out or f"checks/{contents.name}")
+    out = out_folder(config.out or f"checks/{Path(contents.name).name}")
     has_parquet = find_spec("pyarrow") is not None
     if not has_parquet:
         print(f"{FINDINGS} will not be written: {pip(PYARROW)}", flush=True)
@@ -47,15 +47,16 @@ def check(config: CheckConfig, reader: Reader) -> Report:
     )
     case = Case(contents, figures, reader, data, trouble_of(contents, figures, data.max_bad_frac))
     sections, advice = sections_of(case, rows), advice_of(case)
-    title = f"{contents.name} ({contents.place}): {counted(len(rows.items), 'sample')}"
+    title = f"{contents.name}: {counted(len(rows.items), 'sample')}"
+    seen_by = f"{contents.place}, as {reader.name} sees it: {reader.image_size} pixels, {reader.context_length} tokens"
     files = f"{REPORT}{f' and {FINDINGS}' if has_parquet else ''} in {out}"
     if has_parquet:
         replace_file(out / FINDINGS, findings_of(rows, figures, contents))
     page = page_of(
-        title, sections, advice, [], lambda row: picture_of(contents.items[row], data.max_pixels, PICTURE_PX)
+        title, seen_by, sections, advice, lambda row: picture_of(contents.items[row], data.max_pixels, PICTURE_PX)
     )
     replace_file(out / REPORT, page)
-    return Report(case, rows, text_of(title, sections, advice, [f"Pictures and all findings: {files}"]))
+    return Report(case, rows, text_of(title, seen_by, sections, advice, f"Pictures and all findings: {files}"))
 
 
 def contents_of(config: CheckConfig) -> Contents:

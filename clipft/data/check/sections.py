@@ -1,11 +1,11 @@
 """Figures -> the parts of a report, once for the terminal and for the page: tables, bars, pictures, notes."""
 
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass, field
 
 from clipft.data.check.advice import Case, share
 from clipft.data.check.figures import EXAMPLES, PICTURES, Figures
-from clipft.data.check.items import Item
+from clipft.data.check.items import Item, Tar
 from clipft.data.check.rows import Rows
 from clipft.data.sample import printable
 from clipft.data.split import counted
@@ -14,7 +14,7 @@ FEW_TARS = 12  # shown in a terminal
 MOST_TARS = 500  # shown on the page
 FLAGS = {
     "dark": "Dark: less than 1 in 100 pixels is brighter than a quarter",
-    "one_colour": "One flat colour",
+    "flat": "Flat: hardly more than one colour",
     "blurred": "Blurred",
     "tiny": "Tiny: the shorter side is less than a quarter of what the model sees",
     "odd_aspect": "More than three times as long as wide",
@@ -34,6 +34,8 @@ class Grid:
 class Picture:
     row: int
     words: str
+    """Its first caption; empty where it has none."""
+    key: str
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,7 @@ def counts(case: Case) -> Section:
     ]
     if not case.contents.packed:
         header, body = [header[0], *header[2:]], [[row[0], *row[2:]] for row in body]
-    tars = Grid(
-        ["shard", "split", "samples", "usable", "MB", "damage"],
-        [
-            [
-                tar.path,
-                tar.split,
-                f"{tar.samples:,}",
-                f"{usable:,}",
-                f"{tar.num_bytes / 1e6:,.1f}",
-                "; ".join(tar.problems),
-            ]
-            for tar, usable in case.figures.tars[:MOST_TARS]
-        ],
-        left=2,
-    )
+    tars = tar_grid(case)
     few = 0 < len(tars.rows) <= FEW_TARS
     return Section(
         "What there is",
@@ -105,6 +93,22 @@ def counts(case: Case) -> Section:
         [Grid(header, body), *([tars] if few else [])],
         page_only=[] if few or not tars.rows else [tars],
     )
+
+
+def tar_grid(case: Case) -> Grid:
+    body = [
+        [os.path.relpath(tar.path, case.contents.place), tar.split, f"{tar.samples:,}", f"{usable:,}", megabytes(tar)]
+        for tar, usable in case.figures.tars[:MOST_TARS]
+    ]
+    header = ["shard", "split", "samples", "usable", "MB"]
+    if any(tar.problems for tar, _ in case.figures.tars):
+        header.append("damage")
+        body = [[*row, "; ".join(tar.problems)] for row, (tar, _) in zip(body, case.figures.tars, strict=False)]
+    return Grid(header, body, left=2)
+
+
+def megabytes(tar: Tar) -> str:
+    return f"{tar.num_bytes / 1e6:,.1f}"
 
 
 def dropped(figures: Figures, items: list[Item]) -> Section:
@@ -163,7 +167,8 @@ def duplicates(figures: Figures, rows: Rows) -> Section:
 def batches(case: Case) -> Section:
     found, split = case.figures.negatives, case.figures.trained
     if not found.batch_sizes:
-        return Section("Pairs of a batch that belong together", [f"{split} has no batch of these sizes."])
+        none = f"{split} has {found.number:,} images with captions: no batch of these sizes."
+        return Section("Pairs of a batch that belong together", [none])
     body = [[kind, *(decimals(found.expected(kind, size)) for size in found.batch_sizes)] for kind in found.pairs]
     unit = "pairs of image and caption" if case.data.captions == "all" else "images, one caption of each drawn"
     notes = [
@@ -224,9 +229,9 @@ def images(case: Case, rows: Rows) -> Section:
     odd = [[FLAGS[name], f"{int(figures.flags[name].sum()):,}"] for name in FLAGS]
     looks = rows.seen.looks[rows.usable]
     notes = [
-        f"shorter side: half have at least {figures.median_side} pixels, {share(figures.smaller, total)} fewer than the "
-        f"{case.reader.image_size} that {case.reader.name} sees",
-        f"bytes of an image: half at most {int(sorted(looks['bytes'])[total // 2]):,}, the largest {int(looks['bytes'].max()):,}",
+        f"shorter side: half have at least {figures.median_side} pixels, {share(figures.smaller, total)} fewer than "
+        f"the {case.reader.image_size} that {case.reader.name} sees",
+        f"bytes: half at most {int(sorted(looks['bytes'])[total // 2]):,}, the largest {int(looks['bytes'].max()):,}",
     ]
     strips = [
         Strip(title, [picture(rows, int(i)) for i in worst(figures, rows, name)[:PICTURES]])
@@ -263,13 +268,5 @@ def samples(figures: Figures, rows: Rows) -> Section:
 
 
 def picture(rows: Rows, row: int) -> Picture:
-    """The row with its first caption, or its key where it has none."""
-    item, captions = rows.items[row], rows.seen.captions[row]
-    return Picture(row, printable(f"{item.key}: {captions[0]}" if captions else item.key))
-
-
-def pictures_in(sections: list[Section]) -> Iterator[int]:
-    """The rows whose pictures are shown."""
-    for section in sections:
-        for strip in section.strips:
-            yield from (each.row for each in strip.pictures)
+    captions = rows.seen.captions[row]
+    return Picture(row, captions[0] if captions else "", rows.items[row].key)

@@ -8,17 +8,17 @@ from clipft.data.sample import printable
 BAR = 40  # signs of the longest bar
 
 
-def text_of(title: str, sections: list[Section], advice: list[str], ends: list[str]) -> str:
+def text_of(title: str, about: str, sections: list[Section], advice: list[str], end: str) -> str:
     """All of it; pictures are left to the page."""
-    lines = [printable(title)]
+    lines = [printable(title), printable(about)]
     for section in sections:
         if section.notes or section.grids or section.bars:
             lines += ["", section.title.upper(), *map(printable, section.notes)]
             for grid in section.grids:
                 lines += grid_lines(grid)
             lines += bar_lines(section.bars, section.bars_of)
-    lines += ["", "WHAT THAT MEANS FOR A RUN", *(f"- {printable(sentence)}" for sentence in advice), ""]
-    return "\n".join([*lines, *map(printable, ends)])
+    lines += ["", "WHAT THAT MEANS FOR A RUN", *(f"- {printable(sentence)}" for sentence in advice), "", printable(end)]
+    return "\n".join(lines)
 
 
 def grid_lines(grid: Grid) -> Iterator[str]:
