@@ -487,6 +487,13 @@ class SearchConfig:
             raise ValueError(f"hydra.sweeper.seed={self.seed} must be 0 or more.")
 
 
+def refuse_training_options(model: ModelConfig) -> None:
+    """Raise for an option of the model that only training sees."""
+    for key in ("patch_dropout", "grad_checkpointing"):
+        if value := getattr(model, key):
+            raise ValueError(f"model.{key}={value} would be ignored: it belongs to training. Leave it out.")
+
+
 @dataclass(kw_only=True)
 class EvaluateConfig:
     """What `clipft evaluate` reads."""
@@ -504,12 +511,7 @@ class EvaluateConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self):
-        for key, value in (
-            ("patch_dropout", self.model.patch_dropout),
-            ("grad_checkpointing", self.model.grad_checkpointing),
-        ):
-            if value:
-                raise ValueError(f"model.{key}={value} would be ignored: it belongs to training. Leave it out.")
+        refuse_training_options(self.model)
         one_of("relevance", self.relevance, ("caption", "pair"))
         positive(batch_size=self.batch_size)
         if self.split is not None:
@@ -680,6 +682,7 @@ class CheckConfig:
     """Folder for report.html and findings.parquet; null: checks/NAME."""
 
     def __post_init__(self):
+        refuse_training_options(self.model)
         data = {name: getattr(self.data, name) for name in ("path", "train", "val", "test", "val_frac")}
         given = [name for name, value in data.items() if value]
         if self.source is not None and given:

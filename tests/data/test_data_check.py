@@ -384,6 +384,7 @@ def test_the_command_takes_models_and_batch_sizes_and_writes_where_it_is_told(tm
         (["data=birds", "columns.caption=title"], "columns.caption=['title'] would be ignored"),
         (["data=birds", "csv.delimiter=tab"], "csv.delimiter='\\t' would be ignored"),
         (["data=birds", "batch_sizes=[1]"], "batch_sizes=[1] must be"),
+        (["data=birds", "model.grad_checkpointing=true"], "model.grad_checkpointing=True would be ignored"),
         (["data=birds", "model=ViT-B-33"], "model.name='ViT-B-33'"),
         (["data=birds", "model=w.safetensors"], "weight file without a description"),
         (["data=birds", "out=file"], "out='file' cannot be written to"),

@@ -16,7 +16,8 @@ BATCH = TrainConfig().batch_size
 ENOUGH = 0.1  # false negatives of a batch, and shares in percent, below which nothing is advised
 MULTILINGUAL = "model=xlm-roberta-base-ViT-B-32 model.pretrained=laion5b_s13b_b90k (clipft models siglip2 lists others)"
 REPACK = (
-    "pack the source again with split.val=0.05 in place of its own split (columns.split=none where a column has it)"
+    "split.val=0.05 at packing, in place of the splits of the source (columns.split=none where a column names them), "
+    "keeps such images on one side"
 )
 
 

@@ -36,11 +36,13 @@ td.w { min-width: 7rem; }
 .bars span { text-align: right; } .bars div { height: .8rem; } .bars i { display: block; height: 100%; min-width: 1px;
   background: var(--bar); border-radius: 2px; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .7rem; margin: 0 0 1rem; }
-figure { margin: 0; } figcaption { font-size: .75rem; line-height: 1.3; color: var(--soft); margin-top: .25rem;
-  display: -webkit-box; -webkit-line-clamp: 5; -webkit-box-orient: vertical; overflow: hidden; }
-figcaption b { display: block; font-weight: 400; color: var(--ink); }
+figure { margin: 0; } figcaption { font-size: .75rem; line-height: 1.3; color: var(--soft); margin-top: .25rem; }
+figcaption b { font-weight: 400; color: var(--ink); display: -webkit-box; -webkit-line-clamp: 4;
+  -webkit-box-orient: vertical; overflow: hidden; }
 img, .gone { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--tint); border-radius: 4px;
   display: block; }
+@media (max-width: 34rem) { table { font-size: .8rem; } th, td { padding-right: .5rem; } td.w { min-width: 0; }
+  td.w:first-child { min-width: 6rem; } .strip { grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); } }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--soft); }
 """
 
@@ -94,10 +96,14 @@ def bars_html(bars: list[tuple[str, int]], what: str) -> Iterator[str]:
     if not most:
         return
     cells = "".join(
-        f'<span>{said(label)}</span><div><i style="width:{100 * number / most:.1f}%"></i></div><span>{number:,}</span>'
+        f"<span>{said(label)}</span><div>{bar_html(number / most)}</div><span>{number:,}</span>"
         for label, number in bars
     )
     yield f'<h3>{said(what)}</h3><div class="bars">{cells}</div>'
+
+
+def bar_html(share: float) -> str:
+    return f'<i style="width:{100 * share:.1f}%"></i>' if share else ""
 
 
 def strip_html(strip: Strip, picture: Callable[[int], bytes | None]) -> str:

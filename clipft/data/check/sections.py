@@ -156,10 +156,13 @@ def duplicates(figures: Figures, rows: Rows) -> Section:
     if figures.repeated:
         repeated = [[printable(text[:100]), f"{number:,}"] for text, number in figures.repeated]
         grids.append(Grid([f"captions repeated most in {figures.trained}", "times"], repeated))
+    large = [group for group in figures.groups if len(group) > 2]
+    pairs = [row for group in figures.groups[len(large) :][:PICTURES] for row in group]
     strips = [
         Strip(f"{counted(len(group), 'image')} that look the same", [picture(rows, i) for i in group[:PICTURES]])
-        for group in figures.groups[:PICTURES]
+        for group in large[: PICTURES // 2]
     ]
+    strips += [Strip("pairs that look the same", [picture(rows, i) for i in pairs])] if pairs else []
     notes = [f"{counted(len(figures.groups), 'group')} of same or similar images in {figures.trained}"]
     return Section("Repeats", notes, grids, strips=strips)
 
