@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter
 from safetensors.numpy import save_file
 from shards import Members, write_shards, write_tar
 from test_fingerprint import encode, scene
@@ -77,7 +78,7 @@ def spoiled(folder: Path) -> Path:
     train = good(0, 40)
     train += [m for i in range(3) for m in sample(f"same{i}", encode(scene(i)), f"another text about {i}")]
     train += [m for i in (5, 6) for m in sample(f"near{i}", encode(scene(i), quality=60), f"again the one of {i}")]
-    dark = scene(60).point(lambda value: value // 6)
+    dark = ImageEnhance.Brightness(scene(60)).enhance(1 / 6)
     train += sample("dark", encode(dark), "a very dark picture")
     train += sample("flat", encode(Image.new("RGB", (120, 120), "olive")), "nothing but olive")
     train += sample("blurred", encode(scene(61).filter(ImageFilter.GaussianBlur(8))), "all of it blurred")
@@ -307,6 +308,16 @@ def test_the_page_needs_nothing_from_elsewhere_and_captions_are_text_in_it(tmp_p
     assert not any(name.startswith("on") or name == "href" for _, attrs in page.tags for name in attrs)
     assert "url(" not in text and "@import" not in text
     assert any("default-src 'none'" in (attrs.get("content") or "") for _, attrs in page.tags)
+
+
+def test_names_that_are_no_unicode_are_no_trouble(tmp_path: Path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9\xe2\x80\xae")
+    write_tar(folder / "train-0.tar", good(0, 3))
+    report = of_shards(folder, tmp_path / "out")
+    report.text.encode()
+    assert "caf\\udce9\\u202e" in report.text and (tmp_path / "out" / "report.html").is_file()
+    [first, *_] = pq.read_table(tmp_path / "out" / "findings.parquet").to_pylist()
+    assert first["shard"].endswith("caf?\u202e/train-0.tar")
 
 
 def test_a_set_with_labels_alone_is_said_to_be_no_training_data(tmp_path: Path):

@@ -134,7 +134,7 @@ def fill(look: np.void, raw: bytes, rules: Rules) -> bytes:
     """Writes what is seen of an image into its record; the thumbnail, where one is wanted."""
     pixels = decode_rgb(raw, rules.max_pixels)
     with open_image(BytesIO(raw)) as image:
-        look["mode"], look["format"] = image.mode, "JPEG" if image.format == "MPO" else image.format
+        look["mode"], look["format"] = image.mode, "JPEG" if image.format == "MPO" else str(image.format)
     look["bytes"], look["digest"] = len(raw), digest_of(raw)
     look["height"], look["width"] = pixels.shape[:2]
     small = shrunk(Image.fromarray(pixels), SEEN_PX)

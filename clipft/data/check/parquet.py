@@ -22,7 +22,7 @@ def findings_of(rows: Rows, figures: Figures, contents: Contents) -> bytes:
     columns = {
         "key": pa.array([item.key for item in rows.items]),
         "split": pa.array([item.split for item in rows.items]),
-        "shard": pa.array([item.shard or None for item in rows.items], pa.string()),
+        "shard": pa.array([plain(item.shard) for item in rows.items], pa.string()),
         "byte": pa.array([item.byte if item.byte >= 0 else None for item in rows.items], pa.int64()),
         "dropped": pa.array([reason or None for reason in rows.seen.reasons], pa.string()),
         "captions": pa.array(rows.seen.captions, pa.list_(pa.string())),
@@ -45,10 +45,15 @@ def findings_of(rows: Rows, figures: Figures, contents: Contents) -> bytes:
     return file.getvalue()
 
 
+def plain(text: str) -> str | None:
+    """The text without what is no Unicode, as in names of files; None for an empty one."""
+    return text.encode("utf-8", "replace").decode() or None
+
+
 def name_of(label: int, classnames: list[str]) -> str | None:
     if label < 0:
         return None
-    return classnames[label] if label < len(classnames) else str(label)
+    return plain(classnames[label]) if label < len(classnames) else str(label)
 
 
 def leak_column(rows: Rows, figures: Figures) -> list[str | None]:
@@ -65,7 +70,7 @@ def image_column(rows: Rows):
     import pyarrow as pa
 
     values = [
-        {"bytes": thumb or None, "path": item.image if isinstance(item.image, str) else None}
+        {"bytes": thumb or None, "path": plain(item.image) if isinstance(item.image, str) else None}
         for item, thumb in zip(rows.items, rows.seen.thumbs, strict=True)
     ]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

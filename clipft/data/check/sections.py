@@ -176,7 +176,7 @@ def batches(case: Case) -> Section:
     unit = "pairs of image and caption" if case.data.captions == "all" else "images, one caption of each drawn"
     notes = [
         f"expected number of pairs in a batch from {found.number:,} {unit}: B(B-1) / (N(N-1)) times those of {split}. "
-        "A contrastive loss takes them for negatives unless loss.positives or loss.duplicates says otherwise."
+        "By default equal captions are positives (loss.positives=caption), and all others of these count as negatives."
     ]
     return Section(
         "Pairs of a batch that belong together",
