@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 from safetensors.numpy import save_file
-from shards import Members, write_shards, write_tar
+from shards import Members, list_shards, write_shards, write_tar
 from test_fingerprint import encode, scene
 
 from clipft.cli import main
@@ -318,6 +318,23 @@ def test_names_that_are_no_unicode_are_no_trouble(tmp_path: Path):
     assert "caf\\udce9\\u202e" in report.text and (tmp_path / "out" / "report.html").is_file()
     [first, *_] = pq.read_table(tmp_path / "out" / "findings.parquet").to_pylist()
     assert first["shard"].endswith("caf?\u202e/train-0.tar")
+
+
+def test_many_shards_are_folded_away_on_the_page_and_left_out_of_the_terminal(tmp_path: Path):
+    write_shards(tmp_path, *[2] * 14, prefix="train-")
+    report = of_shards(tmp_path)
+    assert report.case.figures.splits["train"].tars == 14 and "train-013.tar" not in report.text
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert "14 rows: shard" in page.words and "train-013.tar" in page.words
+    assert "details" in {tag for tag, _ in page.tags}
+
+
+def test_a_split_that_nobody_reads_makes_no_set_unusable(tmp_path: Path):
+    shards = [Path(path) for path in write_shards(tmp_path, 5, prefix="train-")]
+    extra = Path(write_tar(tmp_path / "extra-0.tar", sample("bad", b"x", "a")))
+    list_shards(tmp_path, {"train": shards, "extra": [extra]})
+    report = of_shards(tmp_path)
+    assert report.case.figures.splits["extra"].usable == 0 and verdict(report) == ""
 
 
 def test_a_set_with_labels_alone_is_said_to_be_no_training_data(tmp_path: Path):

@@ -10,11 +10,12 @@ from clipft.data.check.items import Contents
 from clipft.data.check.reader import Reader
 from clipft.data.fingerprint import REASONS
 from clipft.data.sample import printable
-from clipft.data.split import VAL_FRAC, counted
+from clipft.data.split import SPLITS, VAL_FRAC, counted
 
 BATCH = TrainConfig().batch_size
 ENOUGH = 0.1  # false negatives of a batch, and shares in percent, below which nothing is advised
 MULTILINGUAL = "model=xlm-roberta-base-ViT-B-32 model.pretrained=laion5b_s13b_b90k (clipft models siglip2 lists others)"
+ODD = ("dark", "flat", "blurred", "tiny")  # flags of pictures to look at
 REPACK = (
     "split.val=0.05 at packing, in place of the splits of the source (columns.split=none where a column names them), "
     "keeps such images on one side"
@@ -48,6 +49,8 @@ def trouble_of(contents: Contents, figures: Figures, max_bad_frac: float) -> lis
         if tar.problems
     ]
     for split, each in figures.splits.items():
+        if split not in SPLITS:
+            continue  # nobody reads it
         reasons = {r: [i for i in rows if contents.items[i].split == split] for r, rows in figures.dropped.items()}
         left_out = sum(
             len(rows) for r, rows in reasons.items() if not contents.packed and by_packing(r, contents, rows)
@@ -55,7 +58,7 @@ def trouble_of(contents: Contents, figures: Figures, max_bad_frac: float) -> lis
         bad, total = each.indexed - each.usable - left_out, each.indexed - left_out
         if not each.usable:
             found.append(f"{split}: none of {counted(each.indexed, 'sample')} can be used.")
-        elif bad > max_bad_frac * total and split in ("train", "val", "test"):
+        elif bad > max_bad_frac * total:
             found.append(
                 f"{split}: {bad:,} of {total:,} samples cannot be used, more than data.max_bad_frac={max_bad_frac}: "
                 "training would stop. Repair the data, or raise the limit."
@@ -217,15 +220,12 @@ def about_images(case: Case) -> Iterator[str]:
             f"{counted(number['odd_aspect'], 'image')} more than three times as long as wide: evaluation cuts a square "
             "from the middle, training one from anywhere near it. Cut them to what their captions describe."
         )
-    odd = [f"{number[name]:,} {text}" for name, text in ODD.items() if number[name]]
+    odd = [f"{number[name]:,} {name}" for name in ODD if number[name]]
     if odd:
         yield (
             f"Look at these, whether their captions can be seen in them: {', '.join(odd)} (pictures in report.html, "
             "keys in findings.parquet). To leave some out, take them out of the source and pack again."
         )
-
-
-ODD = {"dark": "dark", "flat": "flat", "blurred": "blurred", "tiny": "tiny"}
 
 
 def about_splits(case: Case) -> Iterator[str]:

@@ -16,8 +16,10 @@ from clipft.data.check.look import Seen
 from clipft.data.split import ordered
 
 FLAT = 4 / 255  # of `contrast`: no more than the noise of a JPEG
-DARK = 0.25  # of `light`: of Flickr8k's photos 1 in 8,091 is as dark, a night sky
-BLURRED = 0.01  # of `sharpness`: no photo of Flickr8k is below, 95 of 100 are once blurred with a sigma of 3 pixels
+DARK = 0.25  # of `light`: no photo of Flickr8k is as dark; little can be made out on the darkest (0.27)
+# Of `sharpness`: no photo of Flickr8k (160 pixels) is below, the least sharp has 0.011; blurred with a Gaussian of
+# 3 pixels, more than 95 of 100 are.
+BLURRED = 0.01
 ODD_ASPECT = 3.0  # longer side per shorter side: the square that is cut out shows a third
 TINY_FRAC = 0.25  # of the model's image size: less than a sixteenth of its pixels
 SCRIPTS = {"CJK": "Han", "FULLWIDTH": "Latin"}  # first words of Unicode's names that are no script's own

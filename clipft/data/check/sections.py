@@ -87,9 +87,13 @@ def counts(case: Case) -> Section:
         header, body = [header[0], *header[2:]], [[row[0], *row[2:]] for row in body]
     tars = tar_grid(case)
     few = 0 < len(tars.rows) <= FEW_TARS
+    left = len(case.figures.tars) - MOST_TARS
     return Section(
         "What there is",
-        case.contents.notes,
+        [
+            *case.contents.notes,
+            *([f"{left:,} more shards than the first {MOST_TARS} are not listed"] if left > 0 else []),
+        ],
         [Grid(header, body), *([tars] if few else [])],
         page_only=[] if few or not tars.rows else [tars],
     )
@@ -186,18 +190,10 @@ def batches(case: Case) -> Section:
 
 
 def decimals(value: float) -> str:
-    """Three significant digits at most, and never a zero that is none."""
-    if value == 0:
-        return "0"
-    return (
-        f"{value:,.0f}"
-        if value >= 100
-        else f"{value:.1f}"
-        if value >= 10
-        else f"{value:.3f}"
-        if value >= 0.001
-        else "<0.001"
-    )
+    """Three decimals, fewer of large numbers, and never a zero that is none."""
+    if 0 < value < 0.001:
+        return "<0.001"
+    return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def shared(figures: Figures, rows: Rows) -> Section:
