@@ -60,7 +60,7 @@ def look_at_image(place: Place, limit: str | None, deep: bool) -> Any:
         seen["reason"] = 1 + REASONS.index("image_unreadable")
     else:
         if deep:
-            seen["digest"] = digest_of(raw)
+            seen["digest"] = image_digest(raw)
             fill_looks(seen, raw)
     return seen[()]
 
@@ -81,7 +81,7 @@ def fill_looks(seen: np.ndarray, raw: bytes) -> None:
         put_looks(seen, decode_pillow(raw, MOST_PIXELS, SIDE))
 
 
-def digest_of(raw: bytes) -> int:
+def image_digest(raw: bytes) -> int:
     """What equal bytes share, for the column `digest`."""
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from clipft.data.caption import question_of
 from clipft.data.check.items import Contents, Item
 from clipft.data.decode import decode_rgb, open_image
-from clipft.data.fingerprint import digest_of, put_looks, refuse_path
+from clipft.data.fingerprint import image_digest, put_looks, refuse_path
 from clipft.data.progress import Progress
 from clipft.data.sample import BadSample, failing_at
 from clipft.data.sources.place import read_place
@@ -135,7 +135,7 @@ def fill(look: np.void, raw: bytes, rules: Rules) -> bytes:
     pixels = decode_rgb(raw, rules.max_pixels)
     with open_image(BytesIO(raw)) as image:
         look["mode"], look["format"] = image.mode, "JPEG" if image.format == "MPO" else str(image.format)
-    look["bytes"], look["digest"] = len(raw), digest_of(raw)
+    look["bytes"], look["digest"] = len(raw), image_digest(raw)
     look["height"], look["width"] = pixels.shape[:2]
     small = shrunk(Image.fromarray(pixels), SEEN_PX)
     put_looks(look, np.asarray(small))

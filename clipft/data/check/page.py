@@ -57,10 +57,7 @@ def page_of(
         body.append(f"<h2>{said(section.title)}</h2>")
         body += [f"<p>{said(note)}</p>" for note in section.notes]
         body += [grid_html(grid) for grid in section.grids]
-        body += [
-            f"<details><summary>{len(grid.rows):,} rows</summary>{grid_html(grid)}</details>"
-            for grid in section.page_only
-        ]
+        body += [folded_html(grid) for grid in section.page_only]
         body += bars_html(section.bars, section.bars_of)
         body += [strip_html(strip, picture) for strip in section.strips]
     return (
