@@ -442,8 +442,12 @@ def test_several_processes_see_what_one_sees(tmp_path: Path):
 
 
 def test_light_and_sharpness_are_those_of_slow_loops():
-    from clipft.data.check.look import sharpness
+    from clipft.data.check.look import light, sharpness
 
+    for seed, number in ((1, 7), (2, 100), (3, 4321)):
+        values = np.random.default_rng(seed).integers(0, 256, number)
+        slow = next(v for v in range(256) if 100 * sum(values > v) <= number)
+        assert light(np.bincount(values, minlength=256).tolist()) == slow / 255
     grey = np.random.default_rng(0).random((7, 9)).astype(np.float32)
     values = [
         float(grey[y - 1, x] + grey[y + 1, x] + grey[y, x - 1] + grey[y, x + 1] - 4 * grey[y, x])

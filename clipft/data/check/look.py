@@ -34,7 +34,7 @@ LOOK = np.dtype(
         ("hashed", np.bool_),  # whether the next two mean anything: not for large flat grounds
         ("hash", np.uint64, 2),
         ("colours", np.uint8, 48),
-        ("light", np.float32),  # grey value, 0..1, that 1 in 100 pixels exceeds
+        ("light", np.float32),  # grey value, 0..1, that at most 1 in 100 pixels exceeds
         ("contrast", np.float32),  # standard deviation of the grey values, 0..1
         ("sharpness", np.float32),
     ]
@@ -139,9 +139,16 @@ def fill(look: np.void, raw: bytes, rules: Rules) -> bytes:
     look["height"], look["width"] = pixels.shape[:2]
     small = shrunk(Image.fromarray(pixels), SEEN_PX)
     put_looks(look, np.asarray(small))
-    grey = np.asarray(small.convert("L"), np.float32) / 255
-    look["light"], look["contrast"], look["sharpness"] = np.percentile(grey, 99), grey.std(), sharpness(grey)
+    plain = small.convert("L")
+    grey = np.asarray(plain, np.float32) / 255
+    look["light"], look["contrast"], look["sharpness"] = light(plain.histogram()), grey.std(), sharpness(grey)
     return thumbnail(small) if rules.thumbs else b""
+
+
+def light(histogram: list[int]) -> float:
+    """The lowest of 256 grey values that at most 1 in 100 pixels exceeds, as 0..1."""
+    below = np.cumsum(histogram)
+    return int(np.searchsorted(below, 0.99 * below[-1])) / 255
 
 
 def shrunk(image: Image.Image, shorter_px: int) -> Image.Image:
