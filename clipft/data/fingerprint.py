@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
@@ -71,8 +72,16 @@ def refuse_path(place: Place, limit: str | None) -> None:
         return
     if limit is not None and os.path.lexists(place) and leads_out(place, limit):
         raise BadSample("image_outside_source")
-    if not os.path.isfile(place):  # opening a pipe would wait for its writer
+    if not is_file(place):  # opening a pipe would wait for its writer
         raise BadSample("image_missing")
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a plain file; OSError where that cannot be known."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def fill_looks(seen: np.ndarray, raw: bytes) -> None:

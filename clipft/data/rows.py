@@ -19,6 +19,7 @@ from clipft.data.progress import Progress
 from clipft.data.sample import printable
 from clipft.data.sources.place import Place, stamp_of, stem_of
 from clipft.data.sources.row import Bad, Row, Source, Where
+from clipft.data.split import natural
 from clipft.data.workers import map_items
 from clipft.files import replace_file
 
@@ -129,6 +130,7 @@ def leave_out(source: Source, rows: Rows, seen: np.ndarray) -> tuple[Rows, np.nd
             dropped += [Bad(where, REASONS[reason - 1], row.split) for where in row.where]
         else:
             usable.append(row)
+    dropped.sort(key=lambda bad: natural(str(bad.where)))
     rows = Rows(usable, dropped, rows.num_rows, rows.num_repeated)
     refuse_nothing(source, rows)
     return rows, seen[seen["reason"] == 0]

@@ -49,6 +49,8 @@ def walk(folder: Path, trusted: bool) -> Tree:
                 continue
             if entry.is_symlink() and not trusted and not is_inside(os.path.realpath(entry.path) + "/", limit):
                 tree.outside.append(path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):  # to nothing, or to itself
+                tree.others["broken link or other special file"] += 1
             elif entry.is_dir():
                 waiting.append(path)
             elif entry.is_file():
@@ -153,6 +155,8 @@ def read_pairs(_: Path, tree: Tree, splits: dict[str, str]) -> Iterator[Raw | Ba
             yield beside(tree, image, values)
         except BadSample as bad:
             yield Bad(image, bad.reason, splits.get(top))
+        except OSError:
+            yield Bad(image, "text_unreadable", splits.get(top))
     yield from (Bad(path, "image_outside_source") for path in tree.outside)
 
 

@@ -10,7 +10,7 @@ from forms import captioned, content, expected, labelled, put_images, run
 from clipft.data.rows import by_reason
 from clipft.data.sources.folders import split_folders, walk
 from clipft.data.sources.recognise import open_source
-from clipft.data.sources.row import Ask, Row, Source
+from clipft.data.sources.row import Ask, Bad, Row, Source
 
 ITEMS = captioned(4)
 
@@ -33,18 +33,38 @@ def test_a_json_beside_an_image_goes_before_a_txt_and_may_be_a_list_or_a_text(tm
 
 
 def test_texts_that_cannot_be_read_and_images_without_one_are_left_out_by_name(tmp_path: Path):
-    put_images(tmp_path, captioned(9))
+    source = tmp_path / "source"
+    put_images(source, captioned(9))
     for i in range(6):
-        (tmp_path / f"{i}.txt").write_text("fine")
-    (tmp_path / "1.txt").write_bytes("Mädchen".encode("latin-1"))
-    (tmp_path / "2.txt").write_text("\n \n")
-    (tmp_path / "3.json").write_text("{broken")
-    report = run(tmp_path, tmp_path / "out")
+        (source / f"{i}.txt").write_text("fine")
+    (source / "1.txt").write_bytes("Mädchen".encode("latin-1"))
+    (source / "2.txt").write_text("\n \n")
+    (source / "3.json").write_text("{broken")
+    report = run(source, tmp_path / "out")
     assert by_reason(report.rows.dropped) == {
         "bad_utf8": ["1.jpg"],
         "no_caption_or_label": ["2.jpg", "6.jpg", "7.jpg", "8.jpg"],
         "bad_json": ["3.jpg"],
     }
+
+
+def test_a_text_that_cannot_be_opened_costs_its_image_alone(tmp_path: Path):
+    put_images(tmp_path, ITEMS[:2])
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("fine")
+    source = open_source(Ask(str(tmp_path)))
+    (tmp_path / "0.txt").unlink()
+    first, second = source.rows()
+    assert first == Bad("0.jpg", "text_unreadable") and isinstance(second, Row)
+
+
+def test_links_to_themselves_and_to_folders_above_do_not_stop_the_walk(tmp_path: Path):
+    put_images(tmp_path / "cat", ITEMS[:2])
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "cat/self.jpg").symlink_to("self.jpg")
+    (tmp_path / "cat/up").symlink_to("..")
+    tree = walk(tmp_path, trusted=False)
+    assert tree.images == ["cat/0.jpg", "cat/1.jpg"] and sum(tree.others.values()) == 2
 
 
 def test_files_that_are_neither_image_nor_text_are_counted(tmp_path: Path):
@@ -71,9 +91,9 @@ def test_few_texts_among_images_in_folders_are_not_decided_by_clipft(tmp_path: P
 
 
 def test_a_class_is_the_first_folder_however_deep_the_images_lie(tmp_path: Path):
-    put_images(tmp_path / "train/sea lake/2020/may", ITEMS[:2])
-    put_images(tmp_path / "test/forest", ITEMS[2:])
-    report = run(tmp_path, tmp_path / "out")
+    put_images(tmp_path / "source/train/sea lake/2020/may", ITEMS[:2])
+    put_images(tmp_path / "source/test/forest", ITEMS[2:])
+    report = run(tmp_path / "source", tmp_path / "out")
     assert report.packed.classnames == ["forest", "sea lake"] and set(report.packed.splits) == {"train", "test"}
 
 
@@ -119,11 +139,12 @@ def test_the_order_is_the_one_in_which_people_count(tmp_path: Path):
 
 
 def test_columns_of_a_json_travel_along_and_labels_of_it_count(tmp_path: Path):
-    put_images(tmp_path, ITEMS)
+    source = tmp_path / "source"
+    put_images(source, ITEMS)
     for item in ITEMS:
         text = json.dumps({"caption": item.captions, "label": "x", "split": item.split, "licence": "CC0"})
-        (tmp_path / item.name).with_suffix(".json").write_text(text)
-    report = run(tmp_path, tmp_path / "out")
+        (source / item.name).with_suffix(".json").write_text(text)
+    report = run(source, tmp_path / "out")
     assert report.packed.classnames == ["x"]
     assert {json.loads(row.rest)["licence"] for row in report.rows.usable} == {"CC0"}
     assert content(tmp_path / "out").keys() == expected(ITEMS).keys()
