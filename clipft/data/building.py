@@ -12,7 +12,9 @@ from typing import IO
 
 from clipft.data.manifest import MANIFEST
 from clipft.data.split import CLASSNAMES, TEMPLATES
+from clipft.report import RunFailed
 
+AGAIN = "Run the same command again when the cause is gone: what is finished is kept."
 SMALL_FILES = (MANIFEST, CLASSNAMES, TEMPLATES)  # the first has the shards' hashes: equal ones, equal sets
 
 
@@ -46,6 +48,8 @@ def building(out: str) -> Iterator[Building]:
         except ValueError:
             shutil.rmtree(place.place, ignore_errors=True)
             raise
+        except OSError as error:  # such as a full disk
+            raise RunFailed(f"{error.filename or folder}: {error.strerror or error}. {AGAIN}") from error
         except KeyboardInterrupt:
             print("stopped: the same command goes on with what is not finished", file=sys.stderr, flush=True)
             raise

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from clipft.config import ImageConfig
-from clipft.data.building import Building
+from clipft.data.building import AGAIN, Building
 from clipft.data.decode import decode_rgb, open_image
 from clipft.data.fingerprint import MOST_PIXELS
 from clipft.data.index import write_index
@@ -120,10 +120,9 @@ def write_shard(path: Path, shard: Shard, content: str, number_of: dict[str, int
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise RunFailed(
-            f"{path} could not be written ({error.strerror or error}). Run the same command again when the cause is "
-            "gone: finished shards are kept."
-        ) from error
+        raise RunFailed(f"{path} could not be written ({error.strerror or error}). {AGAIN}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # also to make room on a full disk
     size = write_index(path).size
     num_captions = sum(len(row.captions) for row in shard.rows)
     return Written(shard.name, content, len(shard.rows), num_captions, size, sha256_of(path), not_scaled)
@@ -142,7 +141,7 @@ def image_member(place: Place, kind: str, image: ImageConfig) -> tuple[str, byte
         name = place if isinstance(place, str) else f"the image {stem_of(place)}"
         raise RunFailed(
             f"{name} cannot be read any more ({error}): the source changed while it was packed. Run the same command "
-            "again: finished shards are kept."
+            "again: what is finished is kept."
         ) from error
     if image.max_size is None:
         return kind, raw, None

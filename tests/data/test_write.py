@@ -132,6 +132,15 @@ def test_a_full_disk_is_named_and_what_is_finished_is_kept(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+def test_a_full_disk_fails_the_packing_also_where_no_shard_is_written(tmp_path: Path):
+    with (
+        pytest.raises(RunFailed, match=r"/x: No space left.*Run the same command again"),
+        building(str(tmp_path / "o")),
+    ):
+        raise OSError(28, "No space left on device", "/x")
+    assert (tmp_path / ".o.building").exists()
+
+
 def test_a_second_process_waits_for_the_first(tmp_path: Path, capsys):
     order = []
 
