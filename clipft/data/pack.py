@@ -57,7 +57,7 @@ def pack(config: PackConfig) -> Report:
     The same source gives the same bytes: packing again changes nothing. An out with other content is refused. Killed
     at any time, it goes on with what is not finished when it is run again.
     """
-    refuse_foreign(config.out)
+    refuse_foreign(config.out, config.source)
     workers, templates = num_workers("workers", config.workers), templates_of(config.templates)
     source = open_source(Ask(config.source, config.format, config.root, config.columns, config.csv))
     print("\n".join([source.said, *source.notes, *said_of_existing(config.out)]), flush=True)
@@ -91,9 +91,18 @@ def write_set(out: str, rows: list[Row], kind: str, shard_samples: int, template
     return packed
 
 
-def refuse_foreign(name: str) -> None:
-    """Raise when out holds files that no packing put there."""
-    out = Path(name).expanduser()
+def refuse_foreign(name: str, source: str) -> None:
+    """Raise when out holds files that no packing put there, lies in the source, or is where nothing can be written."""
+    out, folder = Path(name).expanduser(), Path(source).expanduser()
+    if folder.is_dir() and folder.resolve() in [out.resolve(), *out.resolve().parents]:
+        raise ValueError(
+            f"out={name!r} lies in source={source!r}, which would not be the same source any more. Choose a folder "
+            "outside of it, or give the table itself as source."
+        )
+    above = next(parent for parent in Path(os.path.abspath(out)).parents if os.path.lexists(parent))
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        state = "may not be written to" if os.path.isdir(above) else "is no folder"
+        raise ValueError(f"out={name!r} cannot be made: {above} {state}. Choose another place.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={name!r} is a file. Choose a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():

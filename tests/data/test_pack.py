@@ -161,13 +161,24 @@ def test_another_set_under_the_same_name_is_refused_and_the_old_one_kept(tmp_pat
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     source = write_source(tmp_path / "source", captioned(2))
-    with pytest.raises(ValueError, match="not empty"):
-        run(source, source)
     (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        run(source, tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         run(source, tmp_path / "file")
+    with pytest.raises(ValueError, match=r"cannot be made: .*/file is no folder"):
+        run(source, tmp_path / "file/out")
     (tmp_path / "empty").mkdir()
     assert counts(run(source, tmp_path / "empty"), "samples") == {"train": 2}
+
+
+def test_a_set_is_not_packed_into_its_own_source(tmp_path):
+    source = write_source(tmp_path / "source", captioned(2))
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source / "data", tmp_path / "link/data"):
+        with pytest.raises(ValueError, match=r"out=.* lies in source=.*outside of it, or give the table itself"):
+            run(source, out)
+    assert counts(run(source / "metadata.jsonl", source / "data"), "samples") == {"train": 2}
 
 
 def test_every_row_that_is_left_out_is_named_with_its_line_and_reason(tmp_path):
@@ -204,6 +215,8 @@ def test_every_row_that_is_left_out_is_named_with_its_line_and_reason(tmp_path):
         "bad_json": [13],
         "not_an_object": [14],
     }
+    lines = (tmp_path / "out/dropped.tsv").read_text().splitlines()[1:]
+    assert [int(line.split("\t")[1]) for line in lines] == [*range(2, 12), 13, 14, 15]
     table = describe(packed)
     assert "left out: 2 image_missing (metadata.jsonl lines 2, 3)" in table
     assert "left out: 1 bad_json (metadata.jsonl line 13)" in table
@@ -216,7 +229,7 @@ def test_a_source_that_cannot_be_packed_says_what_is_expected(tmp_path):
     with pytest.raises(ValueError, match=r"no column for the image.*found picture, text"):
         run(source, tmp_path / "out")
     (source / "metadata.jsonl").write_text('{"image": "gone.png", "text": "x"}\n{broken\n')
-    with pytest.raises(ValueError, match=r"bad_json: metadata.jsonl line 2; image_missing: metadata.jsonl line 1"):
+    with pytest.raises(ValueError, match=r"image_missing: metadata.jsonl line 1; bad_json: metadata.jsonl line 2"):
         run(source, tmp_path / "out")
     (source / "metadata.jsonl").write_text("")
     with pytest.raises(ValueError, match="it is empty"):
