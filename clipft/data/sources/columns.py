@@ -39,7 +39,7 @@ class Columns:
 
     def __str__(self) -> str:
         named = {"image": self.image, "caption": ",".join(self.captions), "label": self.label, "split": self.split}
-        return " ".join(f"{role}={name}" for role, name in named.items() if name)
+        return " ".join(f"{role}={name}" for role, name in named.items() if name) or "none"
 
 
 def choose(given: ColumnsConfig, head: list[Raw], name: str, captioned: bool = False, whole: bool = True) -> Columns:

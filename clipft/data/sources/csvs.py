@@ -38,6 +38,12 @@ class Dialect:
     numbered: bool
     """Whether images are named as in Flickr8k.token.txt, with the number of the caption behind: 1.jpg#0."""
 
+    @property
+    def suffix(self) -> str:
+        """What img2dataset calls such a table; empty where it reads none."""
+        plain = self.has_header and self.encoding in ("utf-8", "utf-8-sig")
+        return {",": "csv", "\t": "tsv"}.get(self.delimiter, "") if plain else ""
+
     def __str__(self) -> str:
         words = ["Flickr captions" if self.numbered else "CSV", DELIMITERS.get(self.delimiter, repr(self.delimiter))]
         words += ["quotes are letters"] if not self.quotes else []
@@ -48,7 +54,8 @@ class Dialect:
 def csv_source(ask: Ask, parts: list[Part]) -> Source:
     dialects = {part.path: find_dialect(ask, part.path) for part in parts}
     read = partial(read_parts, dialects)
-    source = table_source(ask, str(dialects[parts[0].path]), parts, read, "line")
+    first = dialects[parts[0].path]
+    source = table_source(ask, str(first), parts, read, "line", suffix=first.suffix)
     return replace(source, hints={**source.hints, **HINTS})
 
 

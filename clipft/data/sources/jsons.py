@@ -60,13 +60,17 @@ def json_kind(path: Path) -> str:
         return "a JSON list"
     if isinstance(value, dict) and isinstance(value.get("images"), list) and "annotations" in value:
         return "COCO captions"
-    if isinstance(value, dict) and value and all(isinstance(captions, str | list) for captions in value.values()):
+    if isinstance(value, dict) and value and all(are_texts(captions) for captions in value.values()):
         return "JSON of images with their captions"
     raise ValueError(
         f"{path} is JSON of an unknown shape. Expected a list of objects, an object per line, COCO captions "
         '(images and annotations), or {"a.jpg": ["a red ball"]}. Where it is not what you mean: format=pairs, classes '
         "or another, or source=FILE."
     )
+
+
+def are_texts(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
 def load(path: Path) -> Any:

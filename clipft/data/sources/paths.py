@@ -76,8 +76,11 @@ def find_base(table: Path, source: Path, root: str | None, names: Iterable[Any])
     asked = [name for name in asked if not name.startswith(("/", "~", "..")) and not URL.match(name)]
     if not asked or holds_any(own, asked):
         return Base(own, limit, own)
-    around = sorted({limit, *subfolders(own), *subfolders(limit)} - {own})
-    found = [folder for folder in around if holds_any(folder, asked)]
+    around = {limit, *subfolders(own), *subfolders(limit)} - {own}
+    found = sorted(folder for folder in around if holds_any(folder, asked))
+    if not found:  # images/train2017
+        deeper = {inner for folder in around - {limit} for inner in subfolders(folder)} - around
+        found = sorted(folder for folder in deeper if holds_any(folder, asked))
     if len(found) > 1:
         choices = " or ".join(f"root={folder}" for folder in found[:4])
         raise ValueError(f"{table}: its images ({asked[0]}, ...) lie in several folders. Decide: {choices}.")

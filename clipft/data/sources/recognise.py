@@ -31,6 +31,7 @@ OPEN: dict[str, Callable[[Ask, list[Part]], Source]] = {
 IMAGES = tuple(f".{kind}" for kind in IMAGE_KINDS)
 METADATA = tuple(f"metadata{suffix}" for suffix in FORMAT_OF)  # the names that Hugging Face's image folders use
 CAPTION_FILES = ("captions.txt", "*.token.txt")  # of Flickr8k and Flickr30k
+OTHER_COCO = ("instances_*.json", "person_keypoints_*.json", "stuff_*.json", "panoptic_*.json", "image_info_*.json")
 TABLE_FOLDERS = ("", "data", "annotations")  # beside the images, as on the Hub, as in COCO
 KINDS = (
     "a folder with metadata.jsonl or metadata.csv, one CSV, TSV, JSONL, JSON or Parquet table, images with texts of "
@@ -146,6 +147,8 @@ def tables_in(folder: Path) -> list[Path]:
         wanted = any(fnmatch(name, pattern) for pattern in CAPTION_FILES) or (listed and stem not in images)
         if wanted and not name.startswith((".", "_")) and (folder / name).is_file():
             files.append(folder / name)
+    if any(fnmatch(file.name, "captions_*.json") for file in files):
+        return [file for file in files if not any(fnmatch(file.name, pattern) for pattern in OTHER_COCO)]
     return files
 
 

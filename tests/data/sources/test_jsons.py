@@ -55,6 +55,7 @@ def test_lines_under_the_name_json_are_read_as_lines(tmp_path: Path):
         ("{", "is no JSON"),
         ("3", "unknown shape"),
         ('{"a": 3}', "unknown shape"),
+        ('{"images": [{"filename": "0.jpg", "sentences": []}], "dataset": "x"}', "unknown shape"),
         ('{"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}', "no caption"),
     ],
 )

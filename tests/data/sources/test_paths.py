@@ -146,3 +146,22 @@ def test_addresses_are_answered_with_the_command_that_downloads_them(tmp_path: P
         "table-downloaded' --image_size 512 --resize_mode keep_ratio --resize_only_if_bigger True"
     )
     assert lines[3] == f"clipft data pack source='{tmp_path}/my table-downloaded' out=OUT"
+
+
+@pytest.mark.parametrize(
+    "delimiter, encoding, kind, told",
+    [("\t", "utf-8", "tsv", False), (";", "utf-8", "csv", True), (",", "utf-16", "csv", True)],
+)
+def test_the_command_fits_how_the_table_is_written(tmp_path: Path, delimiter, encoding, kind: str, told: bool):
+    rows = ["url,caption", "https://example.org/cat.jpg,a cat", "http://example.org/dog,a dog"]
+    (tmp_path / "table.csv").write_text("\n".join(rows).replace(",", delimiter), encoding)
+    with pytest.raises(ValueError, match=f"--url_col url --input_format {kind} --caption_col caption") as error:
+        open_source(Ask(str(tmp_path / "table.csv")))
+    assert ("write table.csv as UTF-8 with commas and a header" in str(error.value)) is told
+
+
+def test_an_image_that_a_link_to_itself_names_is_not_called_missing(tmp_path: Path):
+    source = table(tmp_path / "set", "0.jpg", "1.jpg")
+    put_images(tmp_path / "set", ITEMS[:1])
+    (tmp_path / "set/1.jpg").symlink_to("1.jpg")
+    assert dropped(run(source, tmp_path / "out")) == {"image_unreadable": [2]}

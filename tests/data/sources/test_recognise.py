@@ -8,7 +8,9 @@ import pytest
 from forms import (
     captioned,
     coco,
+    content,
     csv_rows,
+    expected,
     flickr_tokens,
     huggingface,
     jsonl,
@@ -34,6 +36,18 @@ def test_several_tables_in_a_folder_are_not_guessed_between(tmp_path: Path):
     (tmp_path / "flickr/Flickr8k.lemma.token.txt").write_text("0.jpg#0\ta dog\n")
     with pytest.raises(ValueError, match=r"Flickr8k\.lemma\.token\.txt root="):
         open_source(Ask(str(tmp_path / "flickr")))
+
+
+def test_of_cocos_annotations_those_with_captions_are_read(tmp_path: Path):
+    coco(tmp_path / "coco", ITEMS)
+    (tmp_path / "coco/images").mkdir()
+    for split in ("train", "val", "test"):
+        if (tmp_path / f"coco/{split}2017").exists():
+            (tmp_path / f"coco/{split}2017").rename(tmp_path / f"coco/images/{split}2017")
+    for name in ("instances_train2017", "instances_val2017", "person_keypoints_val2017"):
+        (tmp_path / f"coco/annotations/{name}.json").write_text('{"images": [], "annotations": [{"bbox": []}]}')
+    run(tmp_path / "coco", tmp_path / "out")
+    assert content(tmp_path / "out") == expected(ITEMS)
 
 
 def test_the_choice_that_is_offered_works(tmp_path: Path):
