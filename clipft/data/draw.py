@@ -68,7 +68,8 @@ def draw_splits(config: DrawConfig, rows: list[Row], seen: np.ndarray, near: Pai
             if split not in drawn:
                 raise ValueError(
                     f"split.{split}={share} of {len(free)} images, in {len(names)} groups by {config.by}, is none: "
-                    "every group is larger. Make the share larger."
+                    "every group is larger. Make the share larger"
+                    + (", or say split.near=false: images that look the same join groups." if len(near) else ".")
                 )
     if "train" not in drawn:
         raise ValueError(f"split.val={config.val} and split.test={config.test} leave none of {len(free)} to train on.")
@@ -94,17 +95,15 @@ def groups(
 ) -> tuple[Int64[np.ndarray, " n"], UInt64[np.ndarray, " n"]]:
     """For each row the lowest row of its group, and for that one a value that follows from the group's content."""
     values = seen["digest"].copy()
-    if config.by not in ("image", "caption"):
-        names = [group_in(row, config.by) for row in rows]
-        for i, name in enumerate(names):
-            values[i] = values[i] if name is None else group_id(name)
-        named = np.flatnonzero([name is not None for name in names])
-        connected = named[same_value(values[named])]
-    else:
-        connected = np.concatenate([same_value(values), near])
+    connected = np.concatenate([same_value(values), near])
     if config.by == "caption":
         owners, ids = captions_of_rows(rows)
         connected = np.concatenate([connected, owners[same_value(ids)]])
+    elif config.by != "image":
+        names = [group_in(row, config.by) for row in rows]
+        named = np.flatnonzero([name is not None for name in names])
+        values[named] = [group_id(name) for name in names if name is not None]
+        connected = np.concatenate([connected, named[same_value(values[named])]])
     group = components(len(rows), connected)
     least = np.full(len(rows), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(least, group, values)

@@ -84,6 +84,9 @@ def test_by_a_column_its_values_stay_together_and_rows_without_one_are_alone():
     splits = drawn(DrawConfig(val=0.2, by="owner"), rows, seen)
     assert together(splits[70:], [i // 7 for i in range(70, 420)])
     assert {"train", "val"} == set(splits[:70])
+    seen["digest"][1::2] = seen["digest"][::2]
+    splits = drawn(DrawConfig(val=0.2, by="owner"), rows, seen)
+    assert together(splits[70:], [i // 7 for i in range(70, 420)]) and together(splits, seen["digest"].tolist())
     with pytest.raises(ValueError, match=r"split\.by='ower' is neither image nor caption nor a column.*\(owner\)"):
         drawn(DrawConfig(val=0.2, by="ower"), rows, seen)
 
@@ -111,6 +114,8 @@ def test_a_large_group_stays_in_train_and_a_share_below_every_group_is_refused()
     seen["digest"][60:] = 2
     with pytest.raises(ValueError, match=r"split\.val=0\.2 of 100 images, in 2 groups by image, is none"):
         drawn(DrawConfig(val=0.2), rows, seen)
+    with pytest.raises(ValueError, match=r"in 1 groups by owner, is none: .*or say split\.near=false"):
+        drawn(DrawConfig(val=0.2, by="owner"), rows, seen, np.array([[0, 99]]))
     with pytest.raises(ValueError, match="leave none of 2 to train on"):
         drawn(DrawConfig(val=0.4, test=0.4), *rows_of(2))
 
