@@ -578,7 +578,7 @@ class DrawConfig:
     test: float | None = None
     """Share of the images drawn as test, out of train; null: none."""
     by: str = "image"
-    """What stays on one side: image (identical or nearly), caption (also equal texts), or a column (also its values)."""
+    """What stays on one side: image (identical or nearly), caption (also equal texts), a column (also its values)."""
     near: bool = True
     """Whether images that look the same count like identical ones; false: only identical files."""
 
