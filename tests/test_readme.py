@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from small import make_data
 
+from clipft.arguments import options_of
 from clipft.cli import COMMANDS, main, split_command
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,14 @@ def test_a_sweep_of_the_readme_could_start(line, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "taken" / "config.yaml").touch()
     assert main([*arguments_of(line), "model.pretrained=null", "name=taken"]) == 2
     assert "is no sweep" in capsys.readouterr().err
+
+
+def test_every_option_that_the_page_on_data_names_is_one():
+    page = (ROOT / "data/README.md").read_text()
+    named = set(re.findall(r"(?<![\w./])([a-z_]+(?:\.[a-z_]+)*)=", page))
+    known = {option.key for command in COMMANDS.values() for option in options_of(command.schema)}
+    assert {"source", "split.val", "image.max_size", "csv.encoding"} <= named
+    assert named - known <= {"data", "image", "caption"}, named - known  # the folder, and words of the first line
 
 
 def test_every_file_of_the_map_exists():

@@ -91,6 +91,13 @@ def tsv_rows(folder: Path, items: list[Item]) -> Path:
     return csv_rows(folder, items, "table.tsv", "\t")
 
 
+def utf16_rows(folder: Path, items: list[Item]) -> Path:
+    """What spreadsheets call Unicode text, with semicolons."""
+    table = csv_rows(folder, items, "table.txt", ";")
+    table.write_text(table.read_text("utf-8").replace("\n", "\r\n"), "utf-16", newline="")
+    return table
+
+
 def csv_by_split(folder: Path, items: list[Item]) -> Path:
     """train.csv, val.csv, test.csv with captions in numbered columns."""
     put_images(folder, items)
@@ -233,6 +240,26 @@ def tars(folder: Path, items: list[Item]) -> Path:
     return folder
 
 
+def img2dataset(folder: Path, items: list[Item]) -> Path:
+    """What img2dataset leaves of a Parquet list with further columns; the row that failed is in its own list alone."""
+    rows, members = [], []
+    for i, item in enumerate(items):
+        row = {"caption": list(item.captions) or None, "label": item.label, "split": item.split}
+        row |= {"url": f"https://example.org/{item.name}", "key": f"{i:09d}", "status": "success"}
+        row |= {"error_message": None, "width": 24, "height": 20, "exif": "{}", "sha256": "0"}
+        rows.append(row)
+        text = str(list(item.captions)) if item.captions else ""
+        members += [(f"{i:09d}.jpg", item.raw), (f"{i:09d}.txt", text.encode())]
+        members.append((f"{i:09d}.json", json.dumps(row, indent=4).encode()))
+    rows.append({**rows[0], "key": "000000099", "status": "failed_to_download", "error_message": "HTTP Error 404"})
+    write_tar(folder / "00000.tar", members)
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text(json.dumps({"count": len(rows), "successes": len(items)}))
+    return folder
+
+
 def classes(folder: Path, items: list[Item]) -> Path:
     for item in items:
         put_images(folder / item.split / str(item.label), [item])
@@ -244,6 +271,7 @@ WITH_CAPTIONS: list[Callable[[Path, list[Item]], Path]] = [
     json_list,
     csv_rows,
     tsv_rows,
+    utf16_rows,
     csv_by_split,
     metadata_by_split,
     parquet,
@@ -253,6 +281,7 @@ WITH_CAPTIONS: list[Callable[[Path, list[Item]], Path]] = [
     pairs_json,
     coco,
     tars,
+    img2dataset,
 ]
 WITHOUT_SPLITS: list[Callable[[Path, list[Item]], Path]] = [flickr_tokens, flickr_kaggle, json_map]
 WITH_LABELS: list[Callable[[Path, list[Item]], Path]] = [
@@ -264,6 +293,7 @@ WITH_LABELS: list[Callable[[Path, list[Item]], Path]] = [
     parquet_with_bytes,
     huggingface,
     tars,
+    img2dataset,
     classes,
 ]
 

@@ -88,8 +88,13 @@ def find_base(table: Path, source: Path, root: str | None, names: Iterable[Any])
 
 
 def subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    """The folders in it; none where it may not be looked into."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return [path for path in paths if os.path.isdir(path)]
 
 
 def holds_any(folder: str, names: list[str]) -> bool:

@@ -160,6 +160,15 @@ def test_the_command_fits_how_the_table_is_written(tmp_path: Path, delimiter, en
     assert ("write table.csv as UTF-8 with commas and a header" in str(error.value)) is told
 
 
+def test_images_are_found_in_folders_two_deep_beside_links_to_themselves(tmp_path: Path):
+    source = table(tmp_path / "set", "0.jpg", "1.jpg", "2.jpg", "3.jpg")
+    put_images(tmp_path / "set/images/all", ITEMS)
+    (tmp_path / "set/self").symlink_to("self")
+    (tmp_path / "set/images/self").symlink_to("self")
+    run(source, tmp_path / "out")
+    assert content(tmp_path / "out") == expected(ITEMS, splits=False)
+
+
 def test_an_image_that_a_link_to_itself_names_is_not_called_missing(tmp_path: Path):
     source = table(tmp_path / "set", "0.jpg", "1.jpg")
     put_images(tmp_path / "set", ITEMS[:1])
