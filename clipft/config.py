@@ -634,6 +634,9 @@ class PackConfig:
 
     def __post_init__(self):
         positive(shard_samples=self.shard_samples)
+        for key, path in (("source", self.source), ("out", self.out)):
+            if not path.strip():
+                raise ValueError(f"{key}={path!r} is empty. Give a path.")
         if self.format is not None:
             one_of("format", self.format, SOURCE_FORMATS)
         if isinstance(self.templates, str):

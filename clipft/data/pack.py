@@ -239,7 +239,7 @@ def said_of_shared(sides: str, found: Shared) -> list[str]:
     if found.images or found.alike:
         assert found.example is not None
         same = [f"{counted(found.images, 'image')} also in {first}"] if found.images else []
-        same += [f"{counted(found.alike, 'image')} of other bytes like one of {first}"] if found.alike else []
+        same += [f"{counted(found.alike, 'look-alike')} of images in {first}"] if found.alike else []
         lines.append(f"{second}: {', '.join(same)}, such as {found.example[1]} and {found.example[0]}")
     if found.captions:
         lines.append(f"{second}: {counted(found.captions, 'caption')} also in {first}")

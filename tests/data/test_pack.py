@@ -7,11 +7,12 @@ from forms import bytes_of, read, run
 from PIL import Image
 
 from clipft.cli import main
-from clipft.config import DataConfig, DrawConfig
+from clipft.config import DataConfig, DrawConfig, PackConfig
 from clipft.data import pack as module
 from clipft.data import rows
 from clipft.data.caption import captions_of
-from clipft.data.pack import Report, describe
+from clipft.data.draw import Shared
+from clipft.data.pack import Report, describe, said_of_shared
 from clipft.data.rows import by_reason
 from clipft.data.split import load_splits
 from clipft.report import RunFailed
@@ -172,6 +173,13 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert counts(run(source, tmp_path / "empty"), "samples") == {"train": 2}
 
 
+def test_an_empty_name_is_not_the_working_directory():
+    with pytest.raises(ValueError, match="source='' is empty"):
+        PackConfig(source="", out="x")
+    with pytest.raises(ValueError, match="out='' is empty"):
+        PackConfig(source="x", out="")
+
+
 def test_a_set_is_not_packed_into_its_own_source(tmp_path):
     source = write_source(tmp_path / "source", captioned(2))
     (tmp_path / "link").symlink_to(source)
@@ -303,6 +311,15 @@ def test_a_drawn_split_says_so_in_the_shards_too(tmp_path):
     run(write_source(tmp_path / "source", rows), tmp_path / "out", split=DrawConfig(val=0.2))
     found = [json.loads(sample["json"])["split"] for sample in read(tmp_path / "out", "val-*.tar")]
     assert found == ["val"] * 4
+
+
+def test_what_splits_share_is_said_without_zeros():
+    shared = [Shared(2, 0, 0, ("a", "b")), Shared(0, 3, 1, ("a", "b")), Shared(1, 1, 0, ("a", "b"))]
+    assert [said_of_shared("train/val", each) for each in shared] == [
+        ["val: 2 images also in train, such as b and a"],
+        ["val: 3 look-alikes of images in train, such as b and a", "val: 1 caption also in train"],
+        ["val: 1 image also in train, 1 look-alike of images in train, such as b and a"],
+    ]
 
 
 @pytest.mark.parametrize("drawn", [False, True])

@@ -146,7 +146,8 @@ def find_dialect(ask: Ask, path: Path) -> Dialect:
     if not found:
         raise ValueError(
             f"{path} does not look like a table: no comma, tab, semicolon or bar cuts its first lines into equally "
-            "many columns. Expected a line per row such as a.jpg,a red ball; or say csv.delimiter= and csv.quotes=."
+            "many columns. Expected a line per row such as a.jpg,a red ball; or say "
+            "csv.delimiter=, csv.quotes= or csv.encoding=."
         )
     best = [cut for cut in found if cut.rank == max(each.rank for each in found)]
     if path.suffix.lower() == ".tsv":

@@ -67,7 +67,10 @@ def open_tables(ask: Ask, parts: list[Part], form: str | None) -> Source:
     form = form or (forms.pop() if len(forms) == 1 else "")
     if form not in OPEN:
         names = ", ".join(part.path.name for part in parts[:4])
-        raise ValueError(f"source={ask.source!r} ({names}) is not one kind of table. Say which: format=csv or another.")
+        raise ValueError(
+            f"source={ask.source!r} ({names}) is not one kind of table. Expected {', '.join(FORMAT_OF)} or .txt; save "
+            "a spreadsheet as CSV, unpack what is compressed, or say what it is: format=csv or another."
+        )
     return OPEN[form](ask, parts)
 
 

@@ -107,12 +107,12 @@ def test_it_says_in_a_line_how_it_reads(tmp_path: Path, form, says: str, capsys)
     [
         ("nowhere", "does not exist. Expected a folder with metadata.jsonl"),
         ("https://example.org/x.csv", "are read from local files"),
-        ("notes.docx", "is not one kind of table"),
+        ("notes.xlsx", "is not one kind of table.*save a spreadsheet as CSV"),
         ("x.parquet", "is no Parquet file"),
     ],
 )
 def test_what_cannot_be_read_says_what_is_expected(tmp_path: Path, name: str, says: str):
-    for file in ("notes.docx", "x.parquet"):
+    for file in ("notes.xlsx", "x.parquet"):
         (tmp_path / file).write_text("x")
     source = name if "://" in name else str(tmp_path / name)
     with pytest.raises(ValueError, match=says):
