@@ -99,14 +99,14 @@ def refuse_foreign(name: str, source: str) -> None:
             f"out={name!r} lies in source={source!r}, which would not be the same source any more. Choose a folder "
             "outside of it, or give the table itself as source."
         )
-    above = next(parent for parent in Path(os.path.abspath(out)).parents if os.path.lexists(parent))
-    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
-        state = "may not be written to" if os.path.isdir(above) else "is no folder"
-        raise ValueError(f"out={name!r} cannot be made: {above} {state}. Choose another place.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={name!r} is a file. Choose a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise ValueError(f"out={name!r} is not empty and holds no {MANIFEST}. Choose a folder that does not exist yet.")
+    above = next(parent for parent in Path(os.path.abspath(out)).parents if os.path.lexists(parent))
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        state = "may not be written to" if os.path.isdir(above) else "is no folder"
+        raise ValueError(f"out={name!r} cannot be made: {above} {state}. Choose another place.")
 
 
 def said_of_existing(name: str) -> list[str]:

@@ -39,8 +39,8 @@ class Dialect:
     """Whether images are named as in Flickr8k.token.txt, with the number of the caption behind: 1.jpg#0."""
 
     @property
-    def suffix(self) -> str:
-        """What img2dataset calls such a table; empty where it reads none."""
+    def known_as(self) -> str:
+        """What img2dataset calls such tables; empty where it does not read them."""
         plain = self.has_header and self.encoding in ("utf-8", "utf-8-sig")
         return {",": "csv", "\t": "tsv"}.get(self.delimiter, "") if plain else ""
 
@@ -55,7 +55,7 @@ def csv_source(ask: Ask, parts: list[Part]) -> Source:
     dialects = {part.path: find_dialect(ask, part.path) for part in parts}
     read = partial(read_parts, dialects)
     first = dialects[parts[0].path]
-    source = table_source(ask, str(first), parts, read, "line", suffix=first.suffix)
+    source = table_source(ask, str(first), parts, read, "line", known_as=first.known_as)
     return replace(source, hints={**source.hints, **HINTS})
 
 
@@ -146,8 +146,8 @@ def find_dialect(ask: Ask, path: Path) -> Dialect:
     if not found:
         raise ValueError(
             f"{path} does not look like a table: no comma, tab, semicolon or bar cuts its first lines into equally "
-            "many columns. Expected a line per row such as a.jpg,a red ball; or say "
-            "csv.delimiter=, csv.quotes= or csv.encoding=."
+            "many columns. Expected a line per row such as a.jpg,a red ball; or say csv.delimiter=, csv.quotes= or "
+            "csv.encoding=."
         )
     best = [cut for cut in found if cut.rank == max(each.rank for each in found)]
     if path.suffix.lower() == ".tsv":

@@ -14,7 +14,7 @@ MOST_BYTES = 4 << 30  # of a JSON file that is not one object per line: it is he
 
 
 def jsonl_source(ask: Ask, parts: list[Part], kind: str = "JSON lines") -> Source:
-    return table_source(ask, kind, parts, read_jsonl, "line")
+    return table_source(ask, kind, parts, read_jsonl, "line", known_as="jsonl")
 
 
 def read_jsonl(path: Path) -> Iterator[Raw | Bad]:
@@ -42,7 +42,8 @@ def json_source(ask: Ask, parts: list[Part]) -> Source:
     kind = kinds[parts[0].path]
     if kind == "JSON lines":
         return jsonl_source(ask, parts)
-    return table_source(ask, kind, parts, partial(read_json, kind=kind), "annotation" if "COCO" in kind else "row")
+    item, known_as = ("annotation", "") if kind == "COCO captions" else ("row", "json" if "list" in kind else "")
+    return table_source(ask, kind, parts, partial(read_json, kind=kind), item, known_as=known_as)
 
 
 def json_kind(path: Path) -> str:

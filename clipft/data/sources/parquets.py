@@ -31,7 +31,9 @@ def parquet_source(ask: Ask, parts: list[Part]) -> Source:
     read = partial(read_parquet, column=column, without=others)
     asked = ask if column is None else without_image(ask)
     kind = "Parquet" + (f", images in column {column}" if column else "")
-    return table_source(asked, kind + (f", not {', '.join(others)}" if others else ""), parts, read, "row")
+    return table_source(
+        asked, kind + (f", not {', '.join(others)}" if others else ""), parts, read, "row", known_as="parquet"
+    )
 
 
 def without_image(ask: Ask) -> Ask:

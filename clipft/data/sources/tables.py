@@ -45,18 +45,18 @@ class Plan:
 
 
 def table_source(
-    ask: Ask, kind: str, parts: list[Part], read: Read, item: str, captioned: bool = False, suffix: str | None = None
+    ask: Ask, kind: str, parts: list[Part], read: Read, item: str, captioned: bool = False, known_as: str = ""
 ) -> Source:
     """The source whose tables `read` gives the rows of; `item` is what these are numbered by, a line or a row.
 
-    `suffix` is what img2dataset calls a table like the first one, None what its name says, empty what it cannot read.
+    `known_as` is img2dataset's name for such tables, empty where it does not read them.
     """
     num_rows = max(PROBED, HEAD // len(parts))
     heads = {part: list(itertools.islice(read(part.path), num_rows)) for part in parts}
     raws = [row for head in heads.values() for row in head if isinstance(row, Raw)]
     whole = all(len(head) < num_rows for head in heads.values())
     columns = choose(ask.columns, raws, ask.source, captioned, whole) if raws else Columns(None, (), None, None)
-    refuse_urls(ask, columns, raws, parts[0].path, suffix)
+    refuse_urls(ask, columns, raws, parts[0].path, known_as)
     plans = []
     for part, head in heads.items():
         names = [raw.values.get(columns.image) for raw in head if isinstance(raw, Raw) and columns.image is not None]
@@ -159,7 +159,7 @@ def split_in(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def refuse_urls(ask: Ask, columns: Columns, raws: list[Raw], table: Path, suffix: str | None) -> None:
+def refuse_urls(ask: Ask, columns: Columns, raws: list[Raw], table: Path, known_as: str) -> None:
     """Raises with the command that downloads the images where the table has addresses in place of them."""
     values = [raw.values.get(columns.image) for raw in raws] if columns.image is not None else []
     urls = [value for value in values if isinstance(value, str) and URL.match(value.strip())]
@@ -167,7 +167,7 @@ def refuse_urls(ask: Ask, columns: Columns, raws: list[Raw], table: Path, suffix
         return
     folder = os.path.splitext(table)[0] + "-downloaded"
     words = ["img2dataset", "--url_list", shlex.quote(str(table)), "--url_col", shlex.quote(str(columns.image))]
-    words += ["--input_format", (table.suffix.lower().lstrip(".") if suffix is None else suffix) or "csv"]
+    words += ["--input_format", known_as or "csv"]
     words += ["--caption_col", shlex.quote(columns.captions[0])] if columns.captions else []
     kept = [column for column in (columns.label, columns.split) if column]
     words += ["--save_additional_columns", shlex.quote(json.dumps(kept))] if kept else []
@@ -176,6 +176,6 @@ def refuse_urls(ask: Ask, columns: Columns, raws: list[Raw], table: Path, suffix
     raise ValueError(
         f"source={ask.source!r}: column {columns.image} has addresses ({urls[0].strip()[:80]}), and packing reads "
         "files. Download the images first, then pack what arrives:\n"
-        + ("" if suffix != "" else f"write {table.name} as UTF-8 with commas and a header, which img2dataset reads\n")
+        + ("" if known_as else f"write {table.name} as UTF-8 with commas and a header, which img2dataset reads\n")
         + f"pip install img2dataset\n{' '.join(words)}\nclipft data pack source={shlex.quote(folder)} out=OUT"
     )

@@ -157,6 +157,9 @@ def test_the_command_fits_how_the_table_is_written(tmp_path: Path, delimiter, en
     (tmp_path / "table.csv").write_text("\n".join(rows).replace(",", delimiter), encoding)
     with pytest.raises(ValueError, match=f"--url_col url --input_format {kind} --caption_col caption") as error:
         open_source(Ask(str(tmp_path / "table.csv")))
+    (tmp_path / "rows.ndjson").write_text('{"url": "https://example.org/cat.jpg", "caption": "a cat"}\n' * 2)
+    with pytest.raises(ValueError, match=r"then pack what arrives:\npip .*\nimg2dataset .* --input_format jsonl "):
+        open_source(Ask(str(tmp_path / "rows.ndjson")))
     assert ("write table.csv as UTF-8 with commas and a header" in str(error.value)) is told
 
 
