@@ -164,7 +164,7 @@ class DataConfig:
     flip_prob: float | None = None
     """Chance of a horizontal flip; null: as data.augment says. Captions say left and right."""
     workers: int | None = None
-    """Loader processes per rank; null: the cores of a rank less one, at most 8."""
+    """Loader processes per rank; null: the cores of a rank less one, at most 16."""
     max_pixels: int = 64_000_000
     """Images with more pixels are dropped before they are decoded."""
     text_errors: str = "strict"
@@ -248,6 +248,8 @@ class LossConfig:
     """Share of a softmax's target that goes to all its pairs evenly (loss.name=clip)."""
     temperature: Any = None
     """null: learned (under loss.name=clip up to a scale of 100); a number T: the scale stays 1/T; keep: as loaded."""
+    gather_dtype: str | None = None
+    """bfloat16: features go to the other ranks in half the bytes, and the loss is that of the rounded ones; null: fp32."""
 
     def __post_init__(self):
         one_of("loss.name", self.name, ("clip", "siglip"))
@@ -268,6 +270,8 @@ class LossConfig:
             raise ValueError(
                 f"loss.temperature={self.temperature!r} must be null (learned), a number greater than 0, or keep."
             )
+        if self.gather_dtype is not None:
+            one_of("loss.gather_dtype", self.gather_dtype, ("bfloat16",))
         if self.positives == "pair" and self.duplicates == "mask":
             raise ValueError("loss.duplicates=mask would be ignored: under loss.positives=pair no pair has duplicates.")
 
@@ -313,6 +317,8 @@ class TrainConfig:
     """Pairs in the global contrastive batch, over all devices: the only batch size that changes the result."""
     micro_batch: int | None = None
     """Pairs a device encodes at a time (memory only, the result is the same); null: as many as fit, tried at start."""
+    compile: bool = False
+    """Compile the blocks of both towers (torch.compile): faster steps after a minute or more of waiting for them."""
     epochs: int = 10
     """Passes over the training images."""
     max_steps: int | None = None

@@ -38,6 +38,8 @@ from clipft.learn.skips import Skips
 from clipft.learn.step import Tower, Towers, gather_pairs, local_pairs
 from clipft.learn.stop import StopRequest
 from clipft.measure import Measure
+from clipft.model.blocks import AS_THEY_ARE, Blocks
+from clipft.model.compiled import TEXT_BUCKET, compiled_blocks
 from clipft.model.encode import encode_image, encode_text, to_float, trim_tokens
 from clipft.model.groups import is_frozen
 from clipft.model.load import Clip
@@ -101,7 +103,8 @@ def fit(job: Job, validate: Validate, found: Found, loggers: list[Logger], stop:
         lag=host_lag(ranks),
     )
     loss = build_loss(config.loss.name, config.loss.duplicates, config.loss.label_smoothing)
-    module = ContrastiveModule(clip.model, towers_of(clip), loss, config.optim, build_plan(job))
+    towers = towers_of(clip, compiled_blocks() if config.train.compile else AS_THEY_ARE)
+    module = ContrastiveModule(clip.model, towers, loss, config.optim, build_plan(job))
     trainer = build_trainer(ranks, config.trainer.precision, after, saver)
     # Several ranks stop at the end of a step alone: the others are in it already, and wait for this one.
     leave = (lambda: after.leave(trainer, module)) if ranks.world == 1 else None
@@ -153,6 +156,7 @@ def build_plan(job: Job) -> Plan:
         train_batch_norm=config.train.batch_norm == "train",
         clamp_scale=config.loss.name == "clip",
         with_ids=config.loss.positives != "pair",
+        gather_dtype=None if config.loss.gather_dtype is None else torch.bfloat16,
     )
 
 
@@ -189,7 +193,7 @@ def batches(
     return train_loader(
         job.units,
         augment=job.augment,
-        tokenize=tokenizer(measure.clip, measure.trim),
+        tokenize=tokenizer(measure.clip, measure.trim, TEXT_BUCKET if config.train.compile else 1),
         max_pixels=config.data.max_pixels,
         positives=config.loss.positives,
         group=config.loss.group,
@@ -275,14 +279,14 @@ def switch_off_stop_broadcast(trainer: pl.Trainer) -> None:
     setattr(loop, STOP_BROADCAST, lambda: None)
 
 
-def towers_of(clip: Clip) -> Towers:
+def towers_of(clip: Clip, blocks: Blocks = AS_THEY_ARE) -> Towers:
     """Both encoders; features that a batch brings along are taken as they are."""
 
     def image(batch: Batch) -> Tensor:
-        return image_features(clip, batch.pixels) if batch.image is None else batch.image
+        return image_features(clip, batch.pixels, blocks) if batch.image is None else batch.image
 
     def text(batch: Batch) -> Tensor:
-        return text_features(clip, batch.tokens) if batch.text is None else batch.text
+        return text_features(clip, batch.tokens, blocks) if batch.text is None else batch.text
 
     return Towers(
         image=Tower(image, trained=not is_frozen(clip.model, "image")),
@@ -290,22 +294,24 @@ def towers_of(clip: Clip) -> Towers:
     )
 
 
-def image_features(clip: Clip, pixels: UInt8[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+def image_features(
+    clip: Clip, pixels: UInt8[Tensor, "b 3 S S"], blocks: Blocks = AS_THEY_ARE
+) -> Float[Tensor, "b D"]:
     """Features of images, whose pixels are normalised on the device."""
-    return encode_image(clip.model, to_float(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]))
+    return encode_image(clip.model, to_float(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]), blocks)
 
 
-def text_features(clip: Clip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b D"]:
+def text_features(clip: Clip, tokens: Int64[Tensor, "b n"], blocks: Blocks = AS_THEY_ARE) -> Float[Tensor, "b D"]:
     """Features of captions, whose tokens the loader has cut."""
-    return encode_text(clip.model, tokens, trim=False)
+    return encode_text(clip.model, tokens, False, blocks)
 
 
-def tokenizer(clip: Clip, trim: bool):
-    """Captions -> tokens, cut to the longest of them where that is exact."""
+def tokenizer(clip: Clip, trim: bool, multiple: int = 1):
+    """Captions -> tokens, cut to the longest of them, or a multiple of so many, where that is exact."""
 
     def tokenize(captions: list[str]) -> Tensor:
         tokens = clip.tokenize(captions)
-        return trim_tokens(clip.model, tokens) if trim else tokens
+        return trim_tokens(clip.model, tokens, multiple) if trim else tokens
 
     return tokenize
 

@@ -280,9 +280,19 @@ def plan_lines(
         *average_line(config.train.ema, steps.total),
         f"device  {ranks.world} x {ranks.device.type}, {ranks.precision}, {share} pairs each, {micro} at a time",
         f"memory  {gigabytes:.2f} GB a device for weights, gradients and {config.optim.name}, plus activations",
-        f"text    {'cut after the longest caption of a batch (exact for this tower)' if trim else 'full length'}",
+        f"text    {text_line(trim, config.train.compile)}",
     ]
     return lines
+
+
+def text_line(trim: bool, compiled: bool) -> str:
+    """How long captions are."""
+    from clipft.model.compiled import TEXT_BUCKET
+
+    if not trim:
+        return "full length"
+    upwards = f", up to a multiple of {TEXT_BUCKET} tokens" if compiled else ""
+    return f"cut after the longest caption of a batch{upwards} (exact for this tower)"
 
 
 def average_line(ema: float | None, num_steps: int) -> list[str]:

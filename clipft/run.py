@@ -41,6 +41,7 @@ from clipft.measure import (
     validation,
 )
 from clipft.model.build import Clip, description
+from clipft.model.compiled import check_compile
 from clipft.model.encode import can_trim
 from clipft.model.load import add_bias, load_model, set_temperature
 from clipft.model.reach import freeze_unreached
@@ -54,7 +55,7 @@ from clipft.rundir import load_config, log, read_results, write_results
 from clipft.ship.card import card_text
 from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, export_folder
 
-MOST_WORKERS = 8
+MOST_WORKERS = 16
 WAIT_FRAC = 0.9  # of the time that ranks wait for each other: the one that waits for a batch shall say so first
 NO_SIZES = ("indexed", "used", "dropped", "examples")  # of a gallery
 MOST_EXPORT_CHECKS = 2000  # images that plain open_clip encodes again
@@ -76,6 +77,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     freeze(clip.model, multipliers)
     freeze_fixed(clip.model, config.loss)
     freeze_unreached(clip)
+    if config.train.compile:
+        check_compile(clip, ranks.device)
     meta = describe_run(config, splits, order, steps, clip)
     if ranks.world > 1:  # the checksum reads all weights
         check_alike(facts(config, meta, clip.model))

@@ -27,6 +27,7 @@ FREE = (
     "model.grad_checkpointing",
     "train.micro_batch",
     "train.cache_features",
+    "train.compile",
     "train.max_time",
     "train.max_skipped",
     "data.max_bad_frac",

@@ -48,6 +48,8 @@ class Plan:
     """Whether a learned scale stays below MAX_LOGIT_SCALE."""
     with_ids: bool
     """Whether different pairs can belong together; else their ids need not be sent."""
+    gather_dtype: torch.dtype | None = None
+    """Of the features that are sent; None: as they are."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class ContrastiveModule(pl.LightningModule):
             batch,
             loss=self.loss,
             with_ids=self.plan.with_ids,
+            gather_dtype=self.plan.gather_dtype,
             batch_size=self.plan.batch_size,
             micro_batch=self.plan.micro_batch,
             seed=(self.plan.seed, self.step),
@@ -187,7 +190,7 @@ class ContrastiveModule(pl.LightningModule):
         scaler = self._scaler()
         norm = gradient_norm(self.trained)
         if scaler is not None:
-            norm = norm / scaler.get_scale()
+            norm = norm / scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the device
         nn.utils.clip_grads_with_norm_(self.trained, max_norm, norm)
         return norm
 

@@ -48,6 +48,7 @@ def contrastive_backward(
     *,
     loss: Loss,
     with_ids: bool,
+    gather_dtype: torch.dtype | None = None,
     batch_size: int,
     micro_batch: int,
     seed: tuple[int, ...],
@@ -71,7 +72,7 @@ def contrastive_backward(
     scale = logit_scale.detach().float().exp().squeeze()
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.detach().float().squeeze()
     with torch.autocast(image.device.type, enabled=False):  # scores and their sums are fp32 at any precision
-        local, everyone = gather_pairs(local, counts, with_ids)
+        local, everyone = gather_pairs(local, counts, with_ids, gather_dtype)
         gradients = loss(local, everyone, scale, bias, partial(gather_known_rows, counts=counts))
     start = 0
     for k, micro in enumerate(micros):
@@ -100,14 +101,19 @@ def local_pairs(
     return pairs, [part.stop - part.start for part in slices]
 
 
-def gather_pairs(local: Pairs, counts: list[int], with_ids: bool) -> tuple[Pairs, Pairs]:
+def gather_pairs(
+    local: Pairs, counts: list[int], with_ids: bool, dtype: torch.dtype | None = None
+) -> tuple[Pairs, Pairs]:
     """The local pairs and those of all ranks: one collective for features and validity, one for ids where they count.
 
-    Without, every pair's id is its place in the global batch.
+    Without, every pair's id is its place in the global batch. With a dtype the features of all are rounded to it, the
+    local ones too and on a single rank too, so that all ranks see the same and their number does not matter.
     """
-    width = local.image.shape[1]
-    rows = torch.cat([local.image, local.text, local.valid[:, None].to(local.image.dtype)], dim=1)
-    rows = gather_known_rows(rows, counts)
+    width, wide = local.image.shape[1], local.image.dtype
+    rows = torch.cat([local.image, local.text, local.valid[:, None].to(wide)], dim=1).to(dtype or wide)
+    if dtype is not None:
+        local = replace(local, image=rows[:, :width].to(wide), text=rows[:, width : 2 * width].to(wide))
+    rows = gather_known_rows(rows, counts).to(wide)
     if with_ids:
         ids = gather_known_rows(local.ids, counts)
     else:

@@ -1,6 +1,7 @@
 """Pixels and tokens -> unit-norm features in fp32, with captions cut to what they need."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from clipft.model.blocks import is_plain, outputs_at
+from clipft.model.blocks import AS_THEY_ARE, Blocks, is_plain, outputs_at
 
 OpenClip = Any  # open_clip's CLIP or CustomTextCLIP; naming them here would import open_clip
 
@@ -21,9 +22,13 @@ def to_float(
     pixels: UInt8[Tensor, "b 3 S1 S2"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b 3 S1 S2"]:
     """Pixels as torchvision's ToTensor and Normalize leave them, computed where the pixels are."""
-    shift = torch.tensor(mean, device=pixels.device).view(3, 1, 1)
-    width = torch.tensor(std, device=pixels.device).view(3, 1, 1)
+    shift, width = (per_channel(tuple(values), pixels.device) for values in (mean, std))
     return (pixels.float() / 255 - shift) / width
+
+
+@cache  # a number that is sent to a GPU is waited for
+def per_channel(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "3 1 1"]:
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def unit(features: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
@@ -33,14 +38,16 @@ def unit(features: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         return F.normalize(wide, dim=-1)
 
 
-def encode_image(model: OpenClip, pixels: Float[Tensor, "b 3 S1 S2"]) -> Float[Tensor, "b D"]:
+def encode_image(
+    model: OpenClip, pixels: Float[Tensor, "b 3 S1 S2"], blocks: Blocks = AS_THEY_ARE
+) -> Float[Tensor, "b D"]:
     visual = model.visual
     pixels = pixels.to(next(visual.parameters()).dtype)  # of bf16-true and 64-true; autocast leaves it fp32
     if not pools_class_token(visual):
         return unit(model.encode_image(pixels))
     x = visual._embeds(pixels)
     first = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    x = visual.ln_post(outputs_at(visual.transformer, x, first, None))
+    x = visual.ln_post(outputs_at(visual.transformer, x, first, None, blocks))
     return unit(x if visual.proj is None else x @ visual.proj)
 
 
@@ -54,11 +61,13 @@ def pools_class_token(visual: nn.Module) -> bool:
     return alone and is_plain(visual.transformer)
 
 
-def encode_text(model: OpenClip, tokens: Int64[Tensor, "b L"], trim: bool) -> Float[Tensor, "b D"]:
+def encode_text(
+    model: OpenClip, tokens: Int64[Tensor, "b L"], trim: bool, blocks: Blocks = AS_THEY_ARE
+) -> Float[Tensor, "b D"]:
     """Text features; tokens that were cut before, on the host and so without a device sync, are welcome."""
     if trim:
         tokens = trim_tokens(model, tokens)
-    return unit(encode_short(model, tokens) if has_causal_tower(model) else model.encode_text(tokens))
+    return unit(encode_short(model, tokens, blocks) if has_causal_tower(model) else model.encode_text(tokens))
 
 
 def text_tower(model: OpenClip) -> Any:
@@ -83,22 +92,23 @@ def pooled_index(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor,
     return tokens.argmax(dim=-1)
 
 
-def trim_tokens(model: OpenClip, tokens: Int64[Tensor, "b L"]) -> Int64[Tensor, "b n"]:
-    """Tokens without the positions after every caption's pooled one.
+def trim_tokens(model: OpenClip, tokens: Int64[Tensor, "b L"], multiple: int = 1) -> Int64[Tensor, "b n"]:
+    """Tokens without the positions after every caption's pooled one, but for those up to a multiple of so many.
 
     Cut at the pooled index and not at padding: the pad id 0 is also the token of "!".
     """
-    return tokens[:, : int(pooled_index(model, tokens).max()) + 1]
+    longest = int(pooled_index(model, tokens).max()) + 1
+    return tokens[:, : -(-longest // multiple) * multiple]
 
 
-def encode_short(model: OpenClip, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b D"]:
+def encode_short(model: OpenClip, tokens: Int64[Tensor, "b n"], blocks: Blocks = AS_THEY_ARE) -> Float[Tensor, "b D"]:
     """open_clip's encode_text of a causal tower for n tokens, at most its context length."""
     tower, n = text_tower(model), tokens.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:n].to(dtype)
     mask, end = tower.attn_mask[:n, :n].to(dtype), pooled_index(model, tokens)
     if is_plain(tower.transformer):
-        x = outputs_at(tower.transformer, x, end, mask)
+        x = outputs_at(tower.transformer, x, end, mask, blocks)
     else:
         x = tower.transformer(x, attn_mask=mask)[torch.arange(len(tokens), device=tokens.device), end]
     x = tower.ln_final(x)

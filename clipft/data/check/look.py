@@ -123,8 +123,8 @@ def texts_of(item: Item, rules: Rules) -> tuple[int, list[str]]:
 
 def image_of_item(item: Item, rules: Rules) -> bytes:
     assert item.image is not None
-    refuse_path(item.image, rules.limit)
     try:
+        refuse_path(item.image, rules.limit)
         return read_place(item.image)
     except OSError as error:
         raise BadSample("image_unreadable") from error
