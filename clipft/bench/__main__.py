@@ -142,7 +142,8 @@ def step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="default: bf16-mixed on cuda")
+    parser.add_argument("--compile", action="store_true", help="also ours with train.compile")
     parser.add_argument("--overhead-steps", type=int, default=500, help="of the tiny model, to tell what a step costs")
 
 
@@ -150,13 +151,16 @@ def run_step(options: Options) -> list[Row]:
     import torch
 
     from clipft.bench.stepping import bench_step, overhead, place
+    from clipft.model.compiled import check_compile
     from clipft.run import quiet_libraries
 
     quiet_libraries()
     device = torch.device(options.device)
-    rows = bench_step(
-        place(options.model, options.batch_size, device, options.precision), options.steps, options.rounds
-    )
+    precision = options.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
+    resident = place(options.model, options.batch_size, device, precision)
+    if options.compile:
+        check_compile(resident.clip, device)
+    rows = bench_step(resident, options.steps, options.rounds, options.compile)
     return [*rows, overhead(place("tiny", 8, device, "32-true"), options.overhead_steps, options.rounds)]
 
 

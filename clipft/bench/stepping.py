@@ -1,15 +1,18 @@
 """bench step: forward, backward and optimizer on a batch on the device, beside loops over open_clip's modules."""
 
+import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -32,13 +35,18 @@ from clipft.learn.module import ContrastiveModule, Plan, freeze_fixed
 from clipft.learn.saver import Saver
 from clipft.learn.skips import Skips
 from clipft.learn.stop import StopRequest
+from clipft.model.blocks import AS_THEY_ARE, Blocks
+from clipft.model.compiled import TEXT_BUCKET, compiled_blocks
 from clipft.model.encode import can_trim, encode_image, encode_text, to_float, trim_tokens
 from clipft.model.load import Clip, load_model
 from clipft.ranks import Ranks
 
 LR, NEVER = 1e-5, 1 << 40
-# Dense bf16 of data sheets, in TFLOP/s; other devices have no MFU here.
-PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+UNTIMED = 2  # steps of a run: the first one warms up, the last one is validated and saved
+# Dense bf16 of data sheets, in TFLOP/s, the first that fits the device's name; other devices have no MFU here.
+PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+Run = Callable[["Resident", int], list[float]]
+"""So many steps on what lies on the device -> seconds of each."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,13 @@ def place(architecture: str, batch_size: int, device: torch.device, precision: s
     return Resident(clip, batch.to(device), full.to(device), Ranks(device, 0, 1, 1, precision))
 
 
-def bench_step(resident: Resident, steps: int, rounds: int) -> list[Row]:
+def bench_step(resident: Resident, steps: int, rounds: int, compiled: bool) -> list[Row]:
     """Ours, and a loop as one would write it: open_clip's modules and loss, all tokens, AdamW as it comes."""
-    work = {"ours": ours, "plain loop": plain, "plain loop, our encoders": plain_with_our_encoders}
+    work: dict[str, Run] = {"ours": ours, "plain loop": plain, "plain loop, our encoders": plain_with_our_encoders}
+    counted = dict(work)
+    if compiled:  # the FLOPs are counted on the same steps without graphs, as the counter sees no operations in them
+        work["ours, compiled"] = partial(in_buckets, compiled_blocks())
+        counted["ours, compiled"] = partial(in_buckets, AS_THEY_ARE)
     times: dict[str, list[list[float]]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, run in work.items():
@@ -88,7 +100,8 @@ def bench_step(resident: Resident, steps: int, rounds: int) -> list[Row]:
     for name, seconds in per_step.items():
         row: Row = {"what": name, "ms a step": 1000 * median(seconds), "samples/s": resident.size / median(seconds)}
         row |= {"speed-up over plain": ratios(per_step["plain loop"], seconds)}
-        rows.append(row | flops_and_memory(resident, work[name], median(seconds)))
+        row |= flops(resident, counted[name], median(seconds))
+        rows.append(row | {"peak MB": peak_of_step(resident, work[name]) / 1e6})
     return rows
 
 
@@ -101,26 +114,59 @@ def overhead(resident: Resident, steps: int, rounds: int) -> Row:
     return {"what": f"step overhead, {resident.clip.name}, batch {resident.size}", "ms a step": spread(gaps)}
 
 
-def flops_and_memory(resident: Resident, run: Callable[[Resident, int], list[float]], seconds: float) -> Row:
-    """Counted FLOPs of one step, as it executes them, its share of the device's peak, and its memory."""
+def flops(resident: Resident, run: Run, seconds: float) -> Row:
+    """Counted FLOPs of one step, as it executes them, and its share of the device's bf16 peak."""
     with FlopCounterMode(display=False) as counter:
         run(resident, 1)
-    tera = counter.get_total_flops() / 1e12
-    row: Row = {"TFLOP a step": tera, "TFLOP/s": tera / seconds}
+    tera = counter.get_total_flops() / (1 + UNTIMED) / 1e12
     name = torch.cuda.get_device_name() if resident.ranks.device.type == "cuda" else ""
     peak = next((value for key, value in PEAKS.items() if key in name), None)
-    row |= {"MFU": tera / seconds / peak} if peak else {}
-    return row | {"peak MB": peak_bytes(lambda: run(resident, 1), resident.ranks.device) / 1e6}
+    known = peak is not None and resident.ranks.precision == "bf16-mixed"
+    return {"TFLOP a step": tera, "TFLOP/s": tera / seconds} | ({"MFU": tera / seconds / peak} if known else {})
+
+
+def peak_of_step(resident: Resident, run: Run) -> int:
+    """Bytes that steps need beyond weights and batch; what earlier runs have left is cleared away before."""
+    resident.clip.model.zero_grad()
+    gc.collect()
+    return peak_bytes(lambda: run(resident, 1), resident.ranks.device)
 
 
 def ours(resident: Resident, steps: int) -> list[float]:
     """Seconds of the steps under Lightning's Trainer, with all that follows a step of a run."""
-    size = resident.size
+    return in_blocks(AS_THEY_ARE, resident, steps)
+
+
+def in_buckets(blocks: Blocks, resident: Resident, steps: int) -> list[float]:
+    """Ours with captions as long as compiled blocks want them."""
+    tokens = resident.full_tokens
+    if resident.batch.tokens.shape[1] < tokens.shape[1]:
+        tokens = trim_tokens(resident.clip.model, tokens, TEXT_BUCKET)
+    return in_blocks(blocks, replace(resident, batch=replace(resident.batch, tokens=tokens)), steps)
+
+
+def in_blocks(blocks: Blocks, resident: Resident, steps: int) -> list[float]:
+    with tempfile.TemporaryDirectory(prefix="clipft-bench-") as folder, step_clock(resident.ranks.device) as clock:
+        train(resident, Path(folder), steps + UNTIMED, blocks=blocks)
+    return clock()[:-1]
+
+
+def train(
+    resident: Resident,
+    folder: Path,
+    num_steps: int,
+    *,
+    micro_batch: int | None = None,
+    gather_dtype: torch.dtype | None = None,
+    blocks: Blocks = AS_THEY_ARE,
+    watching: Sequence[pl.Callback] = (),
+) -> None:
+    """Steps of this rank as a run has them; each rank has a batch of the same size."""
     plan = Plan(
-        num_steps=steps + 2,  # the first one warms up, the last one is validated and saved
+        num_steps=num_steps,
         warmup_steps=0,
-        batch_size=size,
-        micro_batch=size,
+        batch_size=resident.size * resident.ranks.world,
+        micro_batch=micro_batch or resident.size,
         lr=LR,
         multipliers={name: 1.0 for name, _ in resident.clip.model.named_parameters()},
         ema=None,
@@ -128,16 +174,17 @@ def ours(resident: Resident, steps: int) -> list[float]:
         train_batch_norm=False,
         clamp_scale=True,
         with_ids=True,
+        gather_dtype=gather_dtype,
     )
-    loss = build_loss("clip", "share", 0.0)
-    module = ContrastiveModule(resident.clip.model, towers_of(resident.clip), loss, OptimConfig(lr=LR), plan)
-    with tempfile.TemporaryDirectory(prefix="clipft-bench-") as folder, step_clock(resident.ranks.device) as clock:
-        after = after_step(Path(folder), resident, plan)
-        batches: Any = [resident.batch] * plan.num_steps
-        loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is)
-        build_trainer(resident.ranks, None, after, after.saver).fit(module, loader)
-        after.saver.wait()
-    return clock()[:-1]
+    loss, towers = build_loss("clip", "share", 0.0), towers_of(resident.clip, blocks)
+    module = ContrastiveModule(resident.clip.model, towers, loss, OptimConfig(lr=LR), plan)
+    after = after_step(folder, resident, plan)
+    batches: Any = [resident.batch] * num_steps
+    loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is)
+    trainer: Any = build_trainer(resident.ranks, None, after, after.saver)
+    trainer.callbacks += watching
+    trainer.fit(module, loader)
+    after.saver.wait()
 
 
 def after_step(folder: Path, resident: Resident, plan: Plan) -> AfterStep:
@@ -147,7 +194,7 @@ def after_step(folder: Path, resident: Resident, plan: Plan) -> AfterStep:
         pass
 
     chance = chance_loss("clip", plan.batch_size)
-    file = MetricsFile(folder / "metrics.csv", 0)
+    file = MetricsFile(folder / "metrics.csv", 0) if resident.ranks.first else None
     journal = Journal(file, [], say, batch_size=plan.batch_size, chance=chance, num_steps=plan.num_steps, first_step=0)
     journal.draws = False
     return AfterStep(
@@ -205,7 +252,7 @@ def loop(
 
     model, loss = resident.clip.model, ClipLoss()
     with step_clock(resident.ranks.device) as clock:
-        for _ in range(steps + 2):
+        for _ in range(steps + UNTIMED):
             optimizer.zero_grad()
             with resident.ranks.autocast():
                 image, text = features()
