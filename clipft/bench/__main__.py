@@ -1,4 +1,4 @@
-"""python -m clipft.bench data | step | loss | train | start | all"""
+"""python -m clipft.bench data | step | loss | train | start | scale | predict | all"""
 
 import argparse
 import os
@@ -175,11 +175,37 @@ def run_start(options: Options) -> list[Row]:
         return bench_start(prepared(options, Path(folder), steps=1), options.open_clip_python, options.rounds)
 
 
+def scale_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, on this CPU")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs in the global batch")
+
+
+def run_scale(options: Options) -> list[Row]:
+    from clipft.bench.scaling import bench_scale
+
+    for world in options.worlds:
+        if world < 1 or options.batch_size % world:
+            raise SystemExit(f"--batch-size {options.batch_size} does not come out even on --worlds {world}.")
+    return bench_scale(options.worlds, options.batch_size)
+
+
+def no_options(_: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run_predict(_: Options) -> list[Row]:
+    from clipft.bench.predicting import bench_predict
+
+    return bench_predict()
+
+
 BENCHMARKS = {
     "data": Benchmark("shards to batches per core, without a model", data_options, run_data),
     "step": Benchmark("a step on a batch that lies on the device", step_options, run_step),
     "loss": Benchmark("time and memory of the loss and its gradients", loss_options, run_loss),
     "start": Benchmark("seconds to an answer and to the first step", start_options, run_start),
+    "scale": Benchmark("what a step sends between ranks, counted and predicted", scale_options, run_scale),
+    "predict": Benchmark("larger runs, from formulas and constants measured here", no_options, run_predict),
     "train": Benchmark("whole runs, in turns with open_clip_train", train_options, run_train),
 }
 

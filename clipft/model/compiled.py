@@ -51,7 +51,9 @@ def check_compile(clip: Clip, device: torch.device) -> None:
     if lacks := lacking(device):
         raise ValueError(f"train.compile=true needs {lacks}. Install it, or leave the option out.")
     only = "" if len(sides) == 2 else f" (the other tower of {clip.name} cannot be)"
-    clip.notes.append(f"blocks of the {' and '.join(sides)} tower are compiled{only}; each new shape waits for its graph")
+    clip.notes.append(
+        f"blocks of the {' and '.join(sides)} tower are compiled{only}; each new shape waits for its graph"
+    )
 
 
 def lacking(device: torch.device) -> str:

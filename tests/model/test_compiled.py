@@ -67,7 +67,9 @@ def features_and_gradients(clip: OpenClip, tokens: Tensor, blocks: Blocks) -> di
 
 def test_captions_are_cut_to_multiples_of_the_bucket_up_to_the_context():
     clip = model()
-    lengths = {longest: trim_tokens(clip, texts(2, longest, 2), TEXT_BUCKET).shape[1] for longest in (2, 15, 16, 17, 40)}
+    lengths = {
+        longest: trim_tokens(clip, texts(2, longest, 2), TEXT_BUCKET).shape[1] for longest in (2, 15, 16, 17, 40)
+    }
     assert lengths == {2: 16, 15: 16, 16: 16, 17: 32, 40: 40}
 
 
@@ -117,7 +119,9 @@ def test_a_tower_whose_first_blocks_are_frozen_has_few_graphs_more(blocks):
         parameter.requires_grad_(".resblocks.2." in name or "resblocks" not in name)
     clip.visual.conv1.requires_grad_(False)
     tokens = trim_tokens(clip, texts(2, 5, 2), TEXT_BUCKET)
-    (encode_text(clip, tokens, False, blocks).sum() + encode_image(clip, torch.randn(3, 3, 16, 16), blocks).sum()).backward()
+    (
+        encode_text(clip, tokens, False, blocks).sum() + encode_image(clip, torch.randn(3, 3, 16, 16), blocks).sum()
+    ).backward()
     assert counters["stats"]["unique_graphs"] <= 4
 
 
