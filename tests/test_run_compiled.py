@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import alone
 from small import MODEL_CFG, make_config, make_data, make_model, outcome, train_here
 from torch.testing import assert_close
 
@@ -38,6 +39,7 @@ def assert_alike(found: Path, expected: Path) -> None:
 
 @pytest.mark.process
 @compiler
+@alone
 def test_a_run_with_compiled_blocks_is_like_one_without_also_where_it_goes_on(root, monkeypatch):
     """With micro-batches of two sizes, averages, other rates for a tower, recomputed activations, and an export."""
     monkeypatch.setattr(fit, "compiled_blocks", partial(compiled_blocks, "aot_eager"))
@@ -54,6 +56,7 @@ def test_a_run_with_compiled_blocks_is_like_one_without_also_where_it_goes_on(ro
 
 @pytest.mark.slow
 @compiler
+@alone
 def test_inductor_gives_the_losses_and_weights_of_a_plain_run(root):
     _, plain = train_here(make_config(root, "name=plain-eager"))
     code, path = train_here(make_config(root, "name=inductor", "train.compile=true"))

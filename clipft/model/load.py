@@ -23,6 +23,7 @@ from clipft.model.options import (
     recompute_activations,
     resized,
 )
+from clipft.model.patches import draw_patches_on_device
 from clipft.model.recognize import recognize, suggestion, with_bias
 from clipft.model.sizes import no_patch_dropout, with_options
 from clipft.model.sources import FOLDER_CONFIG, is_tag, kind_of, local, read_description, repo_of
@@ -61,6 +62,7 @@ def load_model(config: ModelConfig, seed: int) -> Clip:
         clip.notes.append(f"images of {side if isinstance(side, int) else side[0]} pixels, captions of {length} tokens")
     keep_all_layers(clip)
     clip.notes += patch_dropout_note(clip)
+    draw_patches_on_device(clip.model)
     if config.grad_checkpointing:
         recompute_activations(clip)
     return clip

@@ -1,10 +1,9 @@
 """Compiled blocks give the features and gradients of plain ones; graphs are counted. The backend here is aot_eager, which
 traces and differentiates as inductor does but needs no compiler; test_run_compiled.py has a whole run, and inductor."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from alone import alone
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
@@ -28,11 +27,8 @@ CFG = {
 
 
 @pytest.fixture
-def blocks() -> Iterator[Blocks]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield compiled_blocks("aot_eager")
-    torch._dynamo.reset()
+def blocks() -> Blocks:
+    return compiled_blocks("aot_eager")
 
 
 WORDS = CFG | {"text_cfg": CFG["text_cfg"] | {"vocab_size": 49408}}  # of open_clip's own tokenizer
@@ -73,7 +69,9 @@ def test_captions_are_cut_to_multiples_of_the_bucket_up_to_the_context():
     assert lengths == {2: 16, 15: 16, 16: 16, 17: 32, 40: 40}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("checkpointing", "lengths"), [(False, (2, 17, 40)), (True, (5,))])
+@alone
 def test_features_and_gradients_are_those_of_open_clip_at_any_length_of_the_captions(blocks, checkpointing, lengths):
     plain, ours = model(), model(checkpointing)
     for longest in lengths:
@@ -91,6 +89,8 @@ def test_features_and_gradients_are_those_of_open_clip_at_any_length_of_the_capt
             assert_close(grad, plain.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.process
+@alone
 def test_what_stands_behind_the_end_token_in_a_bucket_cannot_matter(blocks):
     clip, tokens = model(), texts(5, 9, 3)
     other = tokens.clone()
@@ -101,6 +101,8 @@ def test_what_stands_behind_the_end_token_in_a_bucket_cannot_matter(blocks):
     assert_close(two["transformer.resblocks.0.attn.in_proj_weight"], one["transformer.resblocks.0.attn.in_proj_weight"])
 
 
+@pytest.mark.process
+@alone
 def test_all_blocks_of_a_tower_share_a_graph_and_there_is_one_for_each_length(blocks):
     """Two functions, the last block's and that of the others: one pair of graphs for the image, one for each bucket."""
     clip = model()
@@ -113,6 +115,8 @@ def test_all_blocks_of_a_tower_share_a_graph_and_there_is_one_for_each_length(bl
     assert not counters["graph_break"]
 
 
+@pytest.mark.process
+@alone
 def test_a_tower_whose_first_blocks_are_frozen_has_few_graphs_more(blocks):
     clip = model()
     for name, parameter in clip.named_parameters():

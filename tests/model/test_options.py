@@ -15,7 +15,7 @@ from clipft.capacity import full_length_batch
 from clipft.fit import towers_of
 from clipft.learn.losses import build_loss
 from clipft.learn.step import Tower, Towers, contrastive_backward
-from clipft.model.build import Clip, description
+from clipft.model.build import Clip, build_model, description
 from clipft.model.load import load_model
 
 TIMM = {
@@ -109,6 +109,18 @@ def test_patch_dropout_works_in_training_only_and_stays_with_the_model(tmp_path,
     assert any("sees 50% of an image's patches" in note for note in kept.notes)
     off = load_model(model(again, patch_dropout=0.0), 0)
     assert "patch_dropout" not in off.model_cfg["vision_cfg"] and not any("patches" in note for note in off.notes)
+
+
+def test_patches_drawn_on_the_device_are_on_a_cpu_those_of_open_clip(tmp_path):
+    clip = load_model(model(save_folder(drawn(OPENAI), tmp_path / "base"), patch_dropout=0.5), 0)
+    plain = build_model(clip.model_cfg)
+    plain.load_state_dict(clip.model.state_dict())
+    pixels = torch.randn(2, 3, *clip.preprocess_cfg["size"])
+    found = []
+    for each in (clip.model, plain):
+        torch.manual_seed(3)
+        found.append(each.train().encode_image(pixels))
+    assert torch.equal(*found) and "PatchDropoutOnDevice" in str(clip.model.visual)
 
 
 @pytest.mark.parametrize("name", ["tiny", "RN50-like"])
