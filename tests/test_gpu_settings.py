@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from alone import alone
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import SequentialSampler, StackDataset
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import SequentialSampler, StackDataset
 
 from clipft import ranks, run
 from clipft.bench.scaling import start_ranks

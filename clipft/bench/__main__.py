@@ -1,4 +1,4 @@
-"""python -m clipft.bench data | step | loss | train | start | scale | predict | all"""
+"""python -m clipft.bench data | step | loss | train | start | scale | predict | all | gpu"""
 
 import argparse
 import os
@@ -23,34 +23,49 @@ class Benchmark:
     run: Callable[[Options], list[Row]]
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> list[Row]:
     options = build_parser().parse_args(arguments)
     if options.benchmark == "all":
         shared = arguments[: arguments.index("all")]
-        for name in BENCHMARKS:
-            main([*shared, name])
-        return
+        return [row for name in BENCHMARKS for row in main([*shared, name])]
+    if options.benchmark == "gpu":
+        return run_gpu(options, arguments[: arguments.index("gpu")])
     benchmark = BENCHMARKS[options.benchmark]
     options.device = options.device or default_device()
     rows = benchmark.run(options)
     if not rows:
-        return
+        return rows
     show(f"{options.benchmark}: {benchmark.doc}", rows)
-    write(options.out, options.benchmark, rows)
+    write(options.out, options.name or options.benchmark, rows)
     if options.benchmark == "train":
         ratio = rows[-1]["ratio"]
         print(f"ratio median {ratio.median:.2f} min {ratio.min:.2f} max {ratio.max:.2f}")
+    return rows
+
+
+def run_gpu(options: Options, shared: list[str]) -> list[Row]:
+    from clipft.bench.targets import gpu_arguments, targets
+
+    found = {}
+    for name, each in gpu_arguments(len(os.sched_getaffinity(0))).items():
+        found[name] = main([*shared, "--name", name, *each])
+    rows = targets(found)
+    show("gpu: targets on one H100", rows)
+    write(options.out, "gpu", rows)
+    return rows
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m clipft.bench", description=SUBJECT)
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the JSON files (default bench)")
+    parser.add_argument("--name", help="of the JSON file (default: that of the benchmark)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--open-clip-python", help="Python that has open_clip_torch[training] and webdataset==0.2.86")
     parts = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
         benchmark.add_options(parts.add_parser(name, help=benchmark.doc, description=benchmark.doc))
     parts.add_parser("all", help="each of them with its defaults")
+    parts.add_parser("gpu", help="those that fill a GPU, at its sizes, and what came of the targets")
     return parser
 
 

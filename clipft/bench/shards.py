@@ -17,14 +17,18 @@ from clipft.data.split import load_splits
 QUALITY = 90  # of JPEG, about what cameras and the web use
 LIGHT_SLOPE, COLOUR_SLOPE = 1.3, 1.5  # of amplitude over frequency, both logarithmic
 WORDS = "a the two man woman dog red blue large small on in with of beside near running grass water street".split()
+DISTINCT = 256  # photos that are drawn; they come again, with other captions
 MEAN_WORDS, MOST_WORDS = 11, 24  # of captions as people write them (Flickr8k: 10.9 words)
 
 
 def draw_samples(side: int, num: int, square: bool = False) -> Iterator[tuple[bytes, str]]:
     """JPEG bytes of `side` x 3/4 `side` pixels, or of a square, and a caption; the same ones each time."""
     rng, height = np.random.default_rng(side), side if square else side * 3 // 4
-    for _ in range(num):
-        yield as_jpeg(draw_photo(height, side, rng)), draw_caption(rng)
+    drawn: list[bytes] = []
+    for number in range(num):
+        if number < DISTINCT:
+            drawn.append(as_jpeg(draw_photo(height, side, rng)))
+        yield drawn[number % DISTINCT], draw_caption(rng)
 
 
 def draw_captions(num: int) -> list[str]:
