@@ -249,7 +249,7 @@ class LossConfig:
     temperature: Any = None
     """null: learned (under loss.name=clip up to a scale of 100); a number T: the scale stays 1/T; keep: as loaded."""
     gather_dtype: str | None = None
-    """bfloat16: features go to the other ranks in half the bytes, and the loss is that of the rounded ones; null: fp32."""
+    """bfloat16: features go to other ranks in half the bytes, the loss is that of rounded ones; null: as they are."""
 
     def __post_init__(self):
         one_of("loss.name", self.name, ("clip", "siglip"))

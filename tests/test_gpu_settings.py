@@ -12,7 +12,7 @@ from alone import alone
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import SequentialSampler, StackDataset
+from torch.utils.data import Dataset, SequentialSampler
 
 from clipft import ranks, run
 from clipft.bench.scaling import start_ranks
@@ -86,14 +86,21 @@ def test_pixels_go_to_the_device_as_bytes_and_nobody_waits_for_them():
     assert copies.found == [(dtype, True) for dtype in types]
 
 
+class One(Dataset):
+    def __init__(self, item: Any):
+        self.item = item
+
+    def __getitem__(self, index: int) -> Any:
+        return self.item
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_batch_of_the_loader_lies_in_page_locked_memory():
     rows = torch.arange(2)
     batch = Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rows[:, None], rows >= 0, rows, ["a", "b"], {})
-    loader = in_order(StackDataset([batch]), SequentialSampler([0]), InFlight(1), str, Wait(), 1, pin=True)
-    (loaded,) = next(iter(loader))
-    assert loaded.pixels.is_pinned()
+    loader = in_order(One(batch), SequentialSampler([0]), InFlight(1), str, Wait(), 1, pin=True)
+    assert next(iter(loader)).pixels.is_pinned()
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_loader_processes_and_the_batches_ahead_follow_from_the_cores(monkeypatc
     workers = run.num_workers(None, Ranks(torch.device("cpu"), 0, local_world, local_world, "32-true"))
     assert workers == expected
     several = min(workers, 1)  # torch warns of more than there are cores
-    loader = in_order(StackDataset([0]), SequentialSampler([0]), InFlight(several), str, Wait(), several, pin=False)
+    loader = in_order(One(0), SequentialSampler([0]), InFlight(several), str, Wait(), several, pin=False)
     assert loader.prefetch_factor == (PREFETCH if workers else None)
 
 
@@ -114,7 +121,9 @@ class BucketViews(pl.Callback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         grads = [each.grad for each in pl_module.parameters() if each.grad is not None]
         shared = len({grad.untyped_storage().data_ptr() for grad in grads})
         self.file.write_text(f"{len(grads)} {shared}")

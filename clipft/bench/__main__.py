@@ -200,7 +200,7 @@ def run_scale(options: Options) -> list[Row]:
 
     for world in options.worlds:
         if world < 1 or options.batch_size % world:
-            raise SystemExit(f"--batch-size {options.batch_size} does not come out even on --worlds {world}.")
+            build_parser().error(f"--batch-size {options.batch_size} does not come out even on --worlds {world}")
     return bench_scale(options.worlds, options.batch_size)
 
 

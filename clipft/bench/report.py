@@ -77,11 +77,7 @@ def machine() -> Row:
         "cores": len(os.sched_getaffinity(0)),
         "gpu": gpu_name(),
     }
-    found |= {
-        "gpu": gpu_name(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "python": platform.python_version(),
-    }
+    found |= {"omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "python": platform.python_version()}
     return found | {"versions": {name: version_of(name) for name in PACKAGES}}
 
 

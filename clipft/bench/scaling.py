@@ -1,4 +1,4 @@
-"""bench scale: what a step sends between ranks, counted beside what the formulas say, and what follows for larger runs."""
+"""bench scale: what a step sends between ranks, counted beside what the formulas say."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 from torch.profiler import ProfilerActivity, profile
 
 from clipft.bench.report import Row
@@ -45,8 +45,10 @@ class Watcher(pl.Callback):
     def __init__(self) -> None:
         self.profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
 
-    def on_train_batch_start(self, *arguments: Any) -> None:
-        step = arguments[-1] + 1
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = batch_idx + 1
         if step == WATCHED:
             self.profile.__enter__()
         elif step == WATCHED + 1:
@@ -96,9 +98,9 @@ def counted(world: int, batch_size: int, dtype: torch.dtype | None) -> tuple[lis
 
 
 def start_ranks(world: int, work: Callable[[int, int], None]) -> None:
-    """work(rank, port) in so many processes, forked so that nothing is imported again; raises what one of them raises."""
+    """work(rank, port) in so many processes, forked so that nothing is imported again; raises what one of them does."""
     port = free_port()
-    mp.start_processes(work, (port,), nprocs=world, start_method="fork")
+    start_processes(work, (port,), nprocs=world, start_method="fork")
 
 
 def step_on_rank(resident: Resident, folder: Path, rank: int, world: int, port: int, dtype: torch.dtype | None) -> None:

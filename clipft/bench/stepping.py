@@ -84,7 +84,7 @@ def place(architecture: str, batch_size: int, device: torch.device, precision: s
     return Resident(clip, batch.to(device), full.to(device), Ranks(device, 0, 1, 1, precision))
 
 
-def bench_step(resident: Resident, steps: int, rounds: int, compiled: bool) -> list[Row]:
+def bench_step(resident: Resident, steps: int, rounds: int, compiled: bool = False) -> list[Row]:
     """Ours, and a loop as one would write it: open_clip's modules and loss, all tokens, AdamW as it comes."""
     work: dict[str, Run] = {"ours": ours, "plain loop": plain, "plain loop, our encoders": plain_with_our_encoders}
     counted = dict(work)
@@ -121,8 +121,10 @@ def flops(resident: Resident, run: Run, seconds: float) -> Row:
     tera = counter.get_total_flops() / (1 + UNTIMED) / 1e12
     name = torch.cuda.get_device_name() if resident.ranks.device.type == "cuda" else ""
     peak = next((value for key, value in PEAKS.items() if key in name), None)
-    known = peak is not None and resident.ranks.precision == "bf16-mixed"
-    return {"TFLOP a step": tera, "TFLOP/s": tera / seconds} | ({"MFU": tera / seconds / peak} if known else {})
+    row: Row = {"TFLOP a step": tera, "TFLOP/s": tera / seconds}
+    if peak is not None and resident.ranks.precision == "bf16-mixed":
+        row["MFU"] = tera / seconds / peak
+    return row
 
 
 def peak_of_step(resident: Resident, run: Run) -> int:

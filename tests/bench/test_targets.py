@@ -8,10 +8,10 @@ from clipft.bench.targets import gpu_arguments, targets
 
 
 def test_the_runs_that_fill_a_gpu_are_ones_that_the_command_knows():
-    for name, arguments in gpu_arguments(cores=16).items():
-        options = build_parser().parse_args(["--name", name, *arguments])
-        assert options.benchmark == arguments[0]
-    assert options.workers == 15
+    runs = gpu_arguments(cores=16)
+    options = {name: build_parser().parse_args(["--name", name, *arguments]) for name, arguments in runs.items()}
+    assert all(options[name].benchmark == arguments[0] for name, arguments in runs.items())
+    assert options["train"].workers == 15
 
 
 def test_targets_are_read_from_the_tables_and_left_open_where_a_table_has_no_figure(monkeypatch):

@@ -1,5 +1,8 @@
-"""Compiled blocks give the features and gradients of plain ones; graphs are counted. The backend here is aot_eager, which
-traces and differentiates as inductor does but needs no compiler; test_run_compiled.py has a whole run, and inductor."""
+"""Compiled blocks give the features and gradients of plain ones; graphs are counted.
+
+The backend is aot_eager, which traces and differentiates as inductor does and needs no compiler; inductor and whole
+runs are in tests/test_run_compiled.py.
+"""
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from clipft.model.compiled import MOST_GRAPHS, TEXT_BUCKET, check_compile, compi
 from clipft.model.encode import OpenClip, encode_image, encode_text, trim_tokens
 from clipft.model.names import architecture_cfg
 
-# torch asks every tensor for its gradient as it traces, and hides the warning of that itself unless warnings are errors.
+# torch asks every tensor for its gradient as it traces; it hides the warning of that, unless warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 CPU = torch.device("cpu")
 LENGTH, EOS = 40, 99
