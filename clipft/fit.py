@@ -294,9 +294,7 @@ def towers_of(clip: Clip, blocks: Blocks = AS_THEY_ARE) -> Towers:
     )
 
 
-def image_features(
-    clip: Clip, pixels: UInt8[Tensor, "b 3 S S"], blocks: Blocks = AS_THEY_ARE
-) -> Float[Tensor, "b D"]:
+def image_features(clip: Clip, pixels: UInt8[Tensor, "b 3 S S"], blocks: Blocks = AS_THEY_ARE) -> Float[Tensor, "b D"]:
     """Features of images, whose pixels are normalised on the device."""
     return encode_image(clip.model, to_float(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]), blocks)
 

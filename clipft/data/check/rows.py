@@ -13,7 +13,7 @@ from clipft.data.alike import Pairs, components, near_pairs, same_value
 from clipft.data.caption import MOST_CHARS, caption_id, hash_id
 from clipft.data.check.items import Item
 from clipft.data.check.look import Seen
-from clipft.data.split import ordered
+from clipft.data.names import ordered
 
 FLAT = 4 / 255  # of `contrast`: no more than the noise of a JPEG
 DARK = 0.25  # of `light`: no photo of Flickr8k is as dark; little can be made out on the darkest (0.27)
