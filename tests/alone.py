@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-TIMEOUT_S = 120
+TIMEOUT_S = 600
 
 
 def alone(test: Callable[..., None]) -> Callable[..., None]:

@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> list[Row]:
 def run_gpu(options: Options, shared: list[str]) -> list[Row]:
     from clipft.bench.targets import gpu_arguments, targets
 
+    if default_device() != "cuda":
+        build_parser().error("gpu: torch sees no CUDA device")
     found = {}
     for name, each in gpu_arguments(len(os.sched_getaffinity(0))).items():
         found[name] = main([*shared, "--name", name, *each])

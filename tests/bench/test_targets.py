@@ -1,8 +1,9 @@
 import shutil
 
 import pytest
+import torch
 
-from clipft.bench.__main__ import build_parser
+from clipft.bench.__main__ import build_parser, main
 from clipft.bench.report import Spread
 from clipft.bench.targets import gpu_arguments, targets
 
@@ -12,6 +13,13 @@ def test_the_runs_that_fill_a_gpu_are_ones_that_the_command_knows():
     options = {name: build_parser().parse_args(["--name", name, *arguments]) for name, arguments in runs.items()}
     assert all(options[name].benchmark == arguments[0] for name, arguments in runs.items())
     assert options["train"].workers == 15
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_started(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu"])
+    assert ended.value.code == 2 and "torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_targets_are_read_from_the_tables_and_left_open_where_a_table_has_no_figure(monkeypatch):
@@ -28,8 +36,6 @@ def test_targets_are_read_from_the_tables_and_left_open_where_a_table_has_no_fig
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_a_compiled_step_executes_the_flops_of_a_plain_one_at_the_length_of_its_bucket():
-    import torch
-
     from clipft.bench.stepping import bench_step, place
     from clipft.run import quiet_libraries
 
