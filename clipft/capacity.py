@@ -1,4 +1,4 @@
-"""How many pairs a device encodes at a time in this run: asked for, remembered, or tried. Room on the disk."""
+"""How many pairs a device encodes at a time: asked for, remembered, or tried. Loader processes. Room on the disk."""
 
 import json
 import shutil
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from clipft.config import Config
 from clipft.data.loader import Batch
 from clipft.data.order import largest_share
+from clipft.data.waiting import PREFETCH
 from clipft.files import replace_file
-from clipft.learn.memory import is_out_of_memory, kept_beside, largest_that_fits
+from clipft.learn.memory import host_memory, is_out_of_memory, kept_beside, largest_that_fits
 from clipft.learn.module import train_mode
 from clipft.learn.step import Towers
 from clipft.model.build import Clip
@@ -22,6 +23,8 @@ from clipft.report import RunFailed
 
 REMEMBERED = "micro_batch.json"
 FLOAT_BYTES = 4
+MOST_WORKERS = 16
+LOADER_SHARE = 0.25  # of the free host memory that images of batches ahead may take
 BALLAST = 0.1  # of a GPU's memory, kept free in a trial: DDP's buckets, gathered features, the loss, fragments
 
 
@@ -106,8 +109,7 @@ def tried(share: int, config: Config, ranks: Ranks, clip: Clip, towers: Towers) 
 
 def full_length_batch(clip: Clip, pairs: int) -> Batch:
     """Pairs as large as any that can come: captions that fill the context."""
-    side = clip.preprocess_cfg["size"]
-    side = side if isinstance(side, int) else side[0]
+    side = side_of(clip)
     return Batch(
         pixels=torch.zeros(pairs, 3, side, side, dtype=torch.uint8),
         tokens=clip.tokenize(["word " * 2 * clip.model.context_length]).repeat(pairs, 1).long(),
@@ -116,6 +118,24 @@ def full_length_batch(clip: Clip, pairs: int) -> Batch:
         keys=[str(row) for row in range(pairs)],
         bad={},
     )
+
+
+def side_of(clip: Clip) -> int:
+    side = clip.preprocess_cfg["size"]
+    return side if isinstance(side, int) else side[0]
+
+
+def num_workers(asked: int | None, ranks: Ranks, clip: Clip, pairs: int) -> int:
+    """Loader processes of this rank, each with batches of so many pairs ahead.
+
+    All its cores but the one that trains, or as many as there is host memory for: a batch of 32k images takes 5 GB.
+    """
+    if asked is not None:
+        return asked
+    wanted = min(MOST_WORKERS, ranks.cores() - 1)
+    ahead = (PREFETCH + 1) * pairs * 3 * side_of(clip) ** 2  # with the one that is being made
+    room = LOADER_SHARE * host_memory() / ranks.local_world
+    return wanted if room >= wanted * ahead else max(1, int(room // ahead))
 
 
 def out_of_memory(error: BaseException, config: Config, folder: Path, ranks: Ranks, micro: int) -> RunFailed | None:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from clipft import __version__
-from clipft.capacity import check_disk, choose_micro_batch
+from clipft.capacity import check_disk, choose_micro_batch, num_workers
 from clipft.config import Config, EvaluateConfig, Every, ExportConfig, ModelConfig, parse_every
 from clipft.data.augment import build_augment
+from clipft.data.order import largest_share
 from clipft.data.sample import image_of
 from clipft.data.split import load_splits
 from clipft.data.waiting import Wait
@@ -55,7 +56,6 @@ from clipft.rundir import load_config, log, read_results, write_results
 from clipft.ship.card import card_text
 from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, export_folder
 
-MOST_WORKERS = 16
 WAIT_FRAC = 0.9  # of the time that ranks wait for each other: the one that waits for a batch shall say so first
 NO_SIZES = ("indexed", "used", "dropped", "examples")  # of a gallery
 MOST_EXPORT_CHECKS = 2000  # images that plain open_clip encodes again
@@ -88,7 +88,7 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     micro = choose_micro_batch(config, folder, ranks, clip, towers_of(clip))
     check_batch_norm(config, ranks.world, micro)
     trim = can_trim(clip.model, clip.tokenize)
-    workers = num_workers(config.data.workers, ranks)
+    workers = num_workers(config.data.workers, ranks, clip, largest_share(config.train.batch_size, ranks.world))
     wait = Wait(WAIT_FRAC * config.trainer.dist_timeout_s, stop.wish)
     measure = build_measure(config.eval, config.data, clip, ranks, trim, workers, wait)
     augment = build_augment(config.data, clip.preprocess_cfg)
@@ -152,7 +152,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     clip = load_model(config.model, seed=0)
     clip.model.to(ranks.device)
     trim = can_trim(clip.model, clip.tokenize)
-    workers = num_workers(config.data.workers, ranks)
+    workers = num_workers(config.data.workers, ranks, clip, config.batch_size)
     wait = Wait(WAIT_FRAC * config.trainer.dist_timeout_s)
     measure = build_measure(config, config.data, clip, ranks, trim, workers, wait)
     task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize, splits.text_errors)
@@ -219,11 +219,6 @@ def export(config: ExportConfig) -> int:
     for cause, count in Counter(checked.causes.values()).items():
         print(f"  {count} files: {cause}")
     return 0
-
-
-def num_workers(asked: int | None, ranks: Ranks) -> int:
-    """Loader processes of this rank: all its cores but the one that trains."""
-    return asked if asked is not None else min(MOST_WORKERS, ranks.cores() - 1)
 
 
 def quiet_libraries() -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from ranks import on_ranks
 from small import RESNET_CFG, make_config, make_model
+from torch.utils.data import Dataset, SequentialSampler
 
 from clipft import capacity
-from clipft.capacity import check_disk, choose_micro_batch, out_of_memory, place, remember, state_bytes
+from clipft.capacity import check_disk, choose_micro_batch, num_workers, out_of_memory, place, remember, state_bytes
 from clipft.config import Config, ModelConfig, OptimConfig, TrainConfig
+from clipft.data.waiting import PREFETCH, InFlight, Wait, in_order
 from clipft.learn.gather import rank
 from clipft.learn.step import Tower, Towers
 from clipft.model.load import Clip, load_model
@@ -114,6 +116,32 @@ def test_a_damaged_memory_of_the_last_start_is_ignored(clip, tmp_path):
     assert json.loads((tmp_path / "micro_batch.json").read_text())["micro_batch"] == 5
     (tmp_path / "micro_batch.json").write_text("{")
     assert choose_micro_batch(asked(tmp_path), tmp_path, ONE, clip, towers(clip)) == 8
+
+
+class Numbers(Dataset):
+    def __getitem__(self, number: int) -> int:
+        return number
+
+
+@pytest.mark.parametrize(
+    ("cores", "local_world", "expected"), [(16, 1, 15), (16, 2, 7), (128, 8, 15), (64, 1, 16), (1, 1, 0)]
+)
+def test_loader_processes_and_the_batches_ahead_follow_from_the_cores(clip, monkeypatch, cores, local_world, expected):
+    monkeypatch.setattr("clipft.ranks.job_cores", lambda: cores)
+    here = Ranks(torch.device("cpu"), 0, local_world, local_world, "32-true")
+    assert num_workers(None, here, clip, 8) == expected and num_workers(3, here, clip, 8) == 3
+    several = min(expected, 1)  # torch warns of more than there are cores
+    loader = in_order(Numbers(), SequentialSampler([0]), InFlight(several), str, Wait(), several, pin=False)
+    assert loader.prefetch_factor == (PREFETCH if expected else None)
+
+
+@pytest.mark.parametrize(("local_world", "expected"), [(1, 5), (2, 2), (8, 1)])
+def test_loader_processes_are_fewer_where_their_batches_would_fill_the_memory(clip, monkeypatch, local_world, expected):
+    """Each holds two batches that are ready and one that it makes; a quarter of the memory is theirs."""
+    monkeypatch.setattr("clipft.ranks.job_cores", lambda: 128)
+    images = 1000 * 3 * 16 * 16
+    monkeypatch.setattr("clipft.capacity.host_memory", lambda: 4 * 5.5 * 3 * images)
+    assert num_workers(None, Ranks(torch.device("cpu"), 0, 8, local_world, "32-true"), clip, 1000) == expected
 
 
 def test_a_disk_without_room_for_a_state_is_refused_and_a_tight_one_named(clip, tmp_path, monkeypatch):

@@ -19,11 +19,11 @@ from clipft.bench.scaling import start_ranks
 from clipft.bench.stepping import Resident, place, train
 from clipft.config import OptimConfig, TrainerConfig
 from clipft.data.loader import Batch
-from clipft.data.waiting import PREFETCH, InFlight, Wait, in_order
+from clipft.data.waiting import InFlight, Wait, in_order
 from clipft.learn.optimizer import build_optimizer
 from clipft.model.build import build_model
 from clipft.model.encode import encode_image, encode_text
-from clipft.ranks import Ranks, default_precision
+from clipft.ranks import default_precision
 
 CFG = {
     "embed_dim": 24,
@@ -101,18 +101,6 @@ def test_a_batch_of_the_loader_lies_in_page_locked_memory():
     batch = Batch(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rows[:, None], rows >= 0, rows, ["a", "b"], {})
     loader = in_order(One(batch), SequentialSampler([0]), InFlight(1), str, Wait(), 1, pin=True)
     assert next(iter(loader)).pixels.is_pinned()
-
-
-@pytest.mark.parametrize(
-    ("cores", "local_world", "expected"), [(16, 1, 15), (16, 2, 7), (128, 8, 15), (64, 1, 16), (1, 1, 0)]
-)
-def test_loader_processes_and_the_batches_ahead_follow_from_the_cores(monkeypatch, cores, local_world, expected):
-    monkeypatch.setattr(ranks, "job_cores", lambda: cores)
-    workers = run.num_workers(None, Ranks(torch.device("cpu"), 0, local_world, local_world, "32-true"))
-    assert workers == expected
-    several = min(workers, 1)  # torch warns of more than there are cores
-    loader = in_order(One(0), SequentialSampler([0]), InFlight(several), str, Wait(), several, pin=False)
-    assert loader.prefetch_factor == (PREFETCH if workers else None)
 
 
 class BucketViews(pl.Callback):
