@@ -1,5 +1,6 @@
 """python -m clipft.rank COMMAND CONFIG: one rank of a job, started by `launch`; reads no other arguments."""
 
+import atexit
 import faulthandler
 import gc
 import multiprocessing
@@ -39,7 +40,9 @@ def train(file: Path) -> int:
 
 def train_in(folder: Path, config: Config, ranks: "Ranks", stop: StopRequest) -> int:
     """Trains with the run's folder locked; what goes wrong stands in its log too."""
-    with without_collection():
+    with without_collection(), without("wandb"):
+        import open_clip  # noqa: F401
+
         from clipft import run
 
     with locked(folder) if ranks.first else nullcontext():
@@ -76,12 +79,27 @@ def ending_children() -> Iterator[None]:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """For imports: they make little garbage, and looking for it takes a tenth of their time."""
+    """For imports: they make little garbage, and looking for it takes a tenth of their time, then and later."""
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # nanobind counts what is left at the end as leaked
         gc.enable()
+
+
+@contextmanager
+def without(package: str) -> Iterator[None]:
+    """As if the package were not installed: timm imports wandb, which takes half a second, for its own trainer."""
+    known = package in sys.modules
+    if not known:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules[package]
 
 
 def requeue() -> None:

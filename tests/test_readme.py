@@ -68,7 +68,7 @@ def test_every_option_that_the_page_on_data_names_is_one():
     named = set(re.findall(r"(?<![\w./])([a-z_]+(?:\.[a-z_]+)*)=", page))
     known = {option.key for command in COMMANDS.values() for option in options_of(command.schema)}
     assert {"source", "split.val", "image.max_size", "csv.encoding"} <= named
-    assert named - known <= {"data", "image", "caption"}, named - known  # the folder, and words of the first line
+    assert named - known <= {"data", "model", "image", "caption"}, named - known  # groups, and words of the first line
 
 
 def test_every_file_of_the_map_exists():

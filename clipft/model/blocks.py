@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,22 +33,41 @@ def is_plain(transformer: Transformer) -> bool:
 
 
 @no_type_check  # checks of shapes between these lines would be compiled with them
-def block_output(block, x, mask):
-    """The block's output [b, n, width] for x [b, n, width]; `mask` [n, n] is causal attention's, or none."""
-    y = block.ln_1(x)
-    # Told that it is causal, attention needs no mask in memory and takes its quicker kernels.
-    x = x + block.ls_1(block.attn(y, y, y, need_weights=False, attn_mask=mask, is_causal=mask is not None)[0])
+def block_output(block, x, causal):
+    """The block's output [b, n, width] for x [b, n, width]; `causal`: no position sees a later one."""
+    attn = block.attn
+    projected = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    # nn.MultiheadAttention takes them by index, whose backward fills and adds three tensors of this size.
+    x = x + block.ls_1(attended(attn, *projected.chunk(3, dim=-1), causal=causal))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 @no_type_check
-def block_output_at(block, x, position, mask):
+def block_output_at(block, x, position, causal):
     """The block's output [b, width] at one position [b] of each sequence."""
-    y, rows = block.ln_1(x), torch.arange(len(x), device=x.device)
-    seen = None if mask is None else mask[position][:, None].repeat_interleave(block.attn.num_heads, dim=0)
-    attended = block.attn(y[rows, position][:, None], y, y, need_weights=False, attn_mask=seen)[0]
-    x = x[rows, position] + block.ls_1(attended[:, 0])
+    y, rows, attn = block.ln_1(x), torch.arange(len(x), device=x.device), block.attn
+    width = x.shape[-1]
+    weights = attn.in_proj_weight.split([width, 2 * width])
+    biases = (None, None) if attn.in_proj_bias is None else attn.in_proj_bias.split([width, 2 * width])
+    query = F.linear(y[rows, position][:, None], weights[0], biases[0])
+    keys, values = F.linear(y, weights[1], biases[1]).chunk(2, dim=-1)
+    seen = torch.arange(x.shape[1], device=x.device) <= position[:, None] if causal else None
+    mask = None if seen is None else seen[:, None, None]
+    x = x[rows, position] + block.ls_1(attended(attn, query, keys, values, mask=mask)[:, 0])
     return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+@no_type_check
+def attended(attn, queries, keys, values, mask=None, causal=False):
+    """What nn.MultiheadAttention makes of projected queries [b, m, width], keys and values [b, n, width].
+
+    Told that it is causal, attention needs no mask in memory and takes its quicker kernels.
+    """
+    b, m, width = queries.shape
+    q, k, v = (part.view(b, -1, attn.num_heads, attn.head_dim).transpose(1, 2) for part in (queries, keys, values))
+    dropped = attn.dropout if attn.training else 0.0
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped, is_causal=causal)
+    return attn.out_proj(found.transpose(1, 2).reshape(b, m, width))
 
 
 @dataclass(frozen=True)
@@ -65,10 +85,10 @@ def outputs_at(
     transformer: Transformer,
     x: Float[Tensor, "b n width"],
     position: Int64[Tensor, " b"],
-    mask: Float[Tensor, "n n"] | None,
+    causal: bool,
     blocks: Blocks = AS_THEY_ARE,
 ) -> Float[Tensor, "b width"]:
-    """The transformer's output at one position of each sequence; `mask` is causal attention's, or none."""
+    """The transformer's output at one position of each sequence; `causal`: no position sees a later one."""
 
     def run(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if transformer.grad_checkpointing and torch.is_grad_enabled():
@@ -77,5 +97,5 @@ def outputs_at(
 
     *first, last = transformer.resblocks
     for block in first:
-        x = run(blocks.output, block, x, mask)
-    return run(blocks.output_at, last, x, position, mask)
+        x = run(blocks.output, block, x, causal)
+    return run(blocks.output_at, last, x, position, causal)

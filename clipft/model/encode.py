@@ -15,6 +15,7 @@ OpenClip = Any  # open_clip's CLIP or CustomTextCLIP; naming them here would imp
 
 POOLED_BY_TOKEN = ("argmax", "eos", "first")
 PROBES = ["a", "a dog", "two brown dogs run over wet grass", "word " * 12, "word " * 200]
+GROUP_ROWS, MOST_GROUPS = 8, 8  # captions that are cut together at least, and groups of them at most
 TRIM_TOLERANCE = 1e-4  # right cuts differ by 2e-7, cuts one token early by 0.07 and more (tiny, ViT-B-32, fp32)
 
 
@@ -47,7 +48,7 @@ def encode_image(
         return unit(model.encode_image(pixels))
     x = visual._embeds(pixels)
     first = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    x = visual.ln_post(outputs_at(visual.transformer, x, first, None, blocks))
+    x = visual.ln_post(outputs_at(visual.transformer, x, first, False, blocks))
     return unit(x if visual.proj is None else x @ visual.proj)
 
 
@@ -102,14 +103,34 @@ def trim_tokens(model: OpenClip, tokens: Int64[Tensor, "b L"], multiple: int = 1
 
 
 def encode_short(model: OpenClip, tokens: Int64[Tensor, "b n"], blocks: Blocks = AS_THEY_ARE) -> Float[Tensor, "b D"]:
-    """open_clip's encode_text of a causal tower for n tokens, at most its context length."""
+    """open_clip's encode_text of a causal tower for n tokens, at most its context length.
+
+    On a CPU captions go together by length, each group cut after its own longest: 22 tokens become 15 on average where
+    people wrote them. On a GPU, asking how long they are would wait for it.
+    """
+    end = pooled_index(model, tokens)
+    num_groups = min(MOST_GROUPS, len(tokens) // GROUP_ROWS)
+    if num_groups < 2 or tokens.device.type != "cpu" or blocks is not AS_THEY_ARE:
+        return encode_together(model, tokens, end, blocks)
+    order = end.argsort(stable=True)
+    parts = [
+        encode_together(model, tokens[rows, : int(end[rows[-1]]) + 1], end[rows], blocks)
+        for rows in order.tensor_split(num_groups)
+    ]
+    return torch.cat(parts)[order.argsort()]
+
+
+def encode_together(
+    model: OpenClip, tokens: Int64[Tensor, "b n"], end: Int64[Tensor, " b"], blocks: Blocks
+) -> Float[Tensor, "b D"]:
+    """The features at position `end` of each caption."""
     tower, n = text_tower(model), tokens.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:n].to(dtype)
-    mask, end = tower.attn_mask[:n, :n].to(dtype), pooled_index(model, tokens)
     if is_plain(tower.transformer):
-        x = outputs_at(tower.transformer, x, end, mask, blocks)
+        x = outputs_at(tower.transformer, x, end, True, blocks)
     else:
+        mask = tower.attn_mask[:n, :n].to(dtype)
         x = tower.transformer(x, attn_mask=mask)[torch.arange(len(tokens), device=tokens.device), end]
     x = tower.ln_final(x)
     if isinstance(tower.text_projection, nn.Linear):
