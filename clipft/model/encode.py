@@ -103,32 +103,13 @@ def trim_tokens(model: OpenClip, tokens: Int64[Tensor, "b L"], multiple: int = 1
 
 
 def encode_short(model: OpenClip, tokens: Int64[Tensor, "b n"], blocks: Blocks = AS_THEY_ARE) -> Float[Tensor, "b D"]:
-    """open_clip's encode_text of a causal tower for n tokens, at most its context length.
-
-    On a CPU captions go together by length, each group cut after its own longest: 22 tokens become 15 on average where
-    people wrote them. On a GPU, asking how long they are would wait for it.
-    """
-    end = pooled_index(model, tokens)
-    num_groups = min(MOST_GROUPS, len(tokens) // GROUP_ROWS)
-    if num_groups < 2 or tokens.device.type != "cpu" or blocks is not AS_THEY_ARE:
-        return encode_together(model, tokens, end, blocks)
-    order = end.argsort(stable=True)
-    parts = [
-        encode_together(model, tokens[rows, : int(end[rows[-1]]) + 1], end[rows], blocks)
-        for rows in order.tensor_split(num_groups)
-    ]
-    return torch.cat(parts)[order.argsort()]
-
-
-def encode_together(
-    model: OpenClip, tokens: Int64[Tensor, "b n"], end: Int64[Tensor, " b"], blocks: Blocks
-) -> Float[Tensor, "b D"]:
-    """The features at position `end` of each caption."""
+    """open_clip's encode_text of a causal tower for n tokens, at most its context length."""
     tower, n = text_tower(model), tokens.shape[1]
     dtype = tower.transformer.get_cast_dtype()
     x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:n].to(dtype)
+    end = pooled_index(model, tokens)
     if is_plain(tower.transformer):
-        x = outputs_at(tower.transformer, x, end, True, blocks)
+        x = grouped_outputs_at(tower.transformer, x, end, blocks)
     else:
         mask = tower.attn_mask[:n, :n].to(dtype)
         x = tower.transformer(x, attn_mask=mask)[torch.arange(len(tokens), device=tokens.device), end]
@@ -136,6 +117,25 @@ def encode_together(
     if isinstance(tower.text_projection, nn.Linear):
         return tower.text_projection(x)
     return x if tower.text_projection is None else x @ tower.text_projection
+
+
+def grouped_outputs_at(
+    transformer: Any, x: Float[Tensor, "b n width"], end: Int64[Tensor, " b"], blocks: Blocks
+) -> Float[Tensor, "b width"]:
+    """A causal transformer's output at position `end` of each sequence.
+
+    On a CPU sequences go together by length, each group cut after its own longest. On a GPU, asking how long they are
+    would wait for it.
+    """
+    num_groups = min(MOST_GROUPS, len(x) // GROUP_ROWS)
+    if num_groups < 2 or x.device.type != "cpu" or blocks is not AS_THEY_ARE:
+        return outputs_at(transformer, x, end, True, blocks)
+    order = end.argsort(stable=True)
+    parts = [
+        outputs_at(transformer, x[rows, : int(end[rows[-1]]) + 1], end[rows], True, blocks)
+        for rows in order.tensor_split(num_groups)
+    ]
+    return torch.cat(parts)[order.argsort()]
 
 
 def token_states(model: OpenClip, tokens: Int64[Tensor, "b L"], pad: str) -> Float[Tensor, "b L width"]:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from clipft.model import encode as module
 from clipft.model.blocks import is_plain
 from clipft.model.build import build, build_model
 from clipft.model.encode import (
@@ -197,6 +198,29 @@ def test_tokens_cut_beforehand_give_the_same_features():
     with torch.no_grad():
         cut = encode_text(clip.model, trim_tokens(clip.model, tokens), trim=False)
         assert_close(cut, encode_text(clip.model, tokens, trim=False), rtol=0, atol=1e-6)
+
+
+def test_captions_in_groups_of_their_length_have_open_clips_features_and_gradients(monkeypatch):
+    """In their own order, and each group with no more positions than its longest caption."""
+    clip = tiny()
+    model = clip.model.double()
+    tokens = clip.tokenize(["dog " * (1 + 7 * i % 20) for i in range(40)])
+    weight = torch.randn(40, 128, dtype=torch.float64)
+    full = F.normalize(model.encode_text(tokens), dim=-1)
+    expected = gradients(model, (full * weight).sum())
+    shapes, outputs_at = [], module.outputs_at
+
+    def noting(transformer, x, *rest):
+        shapes.append(tuple(x.shape[:2]))
+        return outputs_at(transformer, x, *rest)
+
+    monkeypatch.setattr(module, "outputs_at", noting)
+    found = encode_text(model, tokens, trim=True)
+    assert shapes == [(8, 6), (8, 10), (8, 14), (8, 18), (8, 22)]
+    assert_close(found, full, rtol=0, atol=1e-12)
+    assert_close(gradients(model, (found * weight).sum()), expected, rtol=1e-9, atol=1e-12)
+    encode_text(model, tokens[:15], trim=True)
+    assert len(shapes) == 6  # fewer than two groups' worth stay together
 
 
 def test_a_caption_longer_than_the_context_is_not_cut():
