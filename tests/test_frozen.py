@@ -88,6 +88,7 @@ def test_a_run_with_kept_image_features_is_bit_by_bit_that_without_where_as_many
     assert len(parts_in(cache)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules, captions", [(LIT, "one"), (TIL, "one"), (TIL, "all"), (SCALE, "one")])
 def test_otherwise_it_is_that_run_up_to_rounding(root, cache, rules, captions):
     """Batches of another size sum in another order, and captions are cut to the longest of another batch."""
@@ -102,6 +103,7 @@ def test_otherwise_it_is_that_run_up_to_rounding(root, cache, rules, captions):
     assert len(parts_in(cache)) == {LIT: images, TIL: texts, SCALE: images + texts}[rules]
 
 
+@pytest.mark.slow
 def test_nothing_is_decoded_or_encoded_twice(root, cache, monkeypatch):
     """Of a tower that is locked, in epochs and in the next run; what is measured is another matter."""
     seen: list[int] = []
@@ -118,6 +120,7 @@ def test_nothing_is_decoded_or_encoded_twice(root, cache, monkeypatch):
     assert seen == [10] * 4 and parts_in(cache) == made
 
 
+@pytest.mark.slow
 def test_features_of_other_weights_data_pixels_or_precision_are_others(root, cache, tmp_path):
     def folders(*overrides: str, at: Path = root) -> set[str]:
         short = ("train.max_steps=1", "eval.base=false", "eval.every=9")
@@ -152,6 +155,7 @@ def test_features_of_other_weights_data_pixels_or_precision_are_others(root, cac
     assert len(folders(f"data.path={data}")) == len(known) + 1
 
 
+@pytest.mark.slow
 def test_kept_features_are_those_that_each_image_has_alone(root, cache, monkeypatch):
     """A tower with BatchNorm: its statistics are those that it has, and not those of the batch."""
     world = root / "resnet"
@@ -178,6 +182,7 @@ def test_kept_features_are_those_that_each_image_has_alone(root, cache, monkeypa
     assert found == 37
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_and_train_the_model_of_one(root, cache, tmp_path):
     same = (LIT, PLAIN, KEEP)
     _, one = train_here(config_of(root, "alone", *same))
@@ -206,6 +211,7 @@ def writing_ranks(config: Config, notes: str) -> int:
     return on_rank(config)
 
 
+@pytest.mark.slow
 def test_ranks_on_machines_without_a_common_disk_have_all_features_each(root, tmp_path):
     config = resolve(config_of(root, "apart", LIT, PLAIN, KEEP, "trainer.devices=2", "train.max_steps=6"))
     settle(config)
@@ -239,6 +245,7 @@ def train_until_part(config: Config, number: int, sign: int) -> int:
     return train_here(config)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_ends_while_features_are_made_goes_on_with_those_that_are_missing(root, cache, sign, code):
     config = config_of(root, f"ended-{sign}", LIT, PLAIN, KEEP)
@@ -255,6 +262,7 @@ def test_a_run_that_ends_while_features_are_made_goes_on_with_those_that_are_mis
     assert parts_in(cache) == after
 
 
+@pytest.mark.slow
 def test_time_that_is_over_while_features_are_made_ends_the_run_before_its_first_step(root, cache):
     config = config_of(root, "late", LIT, PLAIN, KEEP, "train.max_time=0.001s")
     assert in_child(lambda: train_here(config)[0]) == 143
@@ -262,6 +270,7 @@ def test_time_that_is_over_while_features_are_made_ends_the_run_before_its_first
     assert not (Path(config.runs_dir) / "late" / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_that_make_the_same_features_at_once_do_not_meet(root, cache):
     configs = [config_of(root, f"at-once-{number}", LIT, PLAIN, KEEP) for number in (0, 1)]
     with ThreadPoolExecutor() as pool:
@@ -271,6 +280,7 @@ def test_two_runs_that_make_the_same_features_at_once_do_not_meet(root, cache):
     assert len(parts_in(cache)) == 4 and not list(cache.rglob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_damaged_part_is_made_again(root, cache):
     config = config_of(root, "sound", LIT, PLAIN, KEEP)
     _, sound = train_here(config)
@@ -304,6 +314,7 @@ def test_what_cannot_be_kept_is_refused_with_the_reason(root, cache, monkeypatch
     assert not parts_in(cache)
 
 
+@pytest.mark.slow
 def test_augmentation_of_images_does_not_matter_to_a_locked_text_tower(root, cache):
     same = (TIL, "data.augment=strong")
     _, plain = train_here(config_of(root, "strong", *same))
@@ -311,6 +322,7 @@ def test_augmentation_of_images_does_not_matter_to_a_locked_text_tower(root, cac
     assert losses(kept) == pytest.approx(losses(plain), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_may_keep_features_from_the_middle_on_but_not_those_of_other_weights(root, cache, tmp_path):
     config = config_of(root, "later", LIT, PLAIN, ALIKE)
     _, calm = train_here(replace(config, name="never"))

@@ -49,9 +49,9 @@ def test_attention_needs_no_mask_in_memory_but_for_the_single_query_of_the_last_
     calls: list[tuple[bool, bool, int]] = []
     plain = F.scaled_dot_product_attention
 
-    def watched(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
-        calls.append((mask is not None, causal, query.shape[-2]))
-        return plain(query, key, value, mask, dropout, causal)
+    def watched(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        calls.append((options["attn_mask"] is not None, options["is_causal"], query.shape[-2]))
+        return plain(query, key, value, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     model = build_model(CFG).train()

@@ -144,7 +144,7 @@ def test_every_sample_is_accounted_for_on_one_rank_and_on_two(root, tmp_path):
 
 
 def message_on_rank(config: Config) -> str:
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(RunFailed) as raised:
         on_rank(config)
     return str(raised.value)
 

@@ -37,7 +37,7 @@ def assert_alike(found: Path, expected: Path) -> None:
     assert_close(weights(found), weights(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @compiler
 @alone
 def test_a_run_with_compiled_blocks_is_like_one_without_also_where_it_goes_on(root, monkeypatch):

@@ -437,6 +437,7 @@ def kill_at(number: int, how: signal.Signals) -> Callable[..., Any]:
 
 
 @pytest.mark.process
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a socket of torch's to the dead one
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_dies_is_reported_with_the_sample_that_it_read(

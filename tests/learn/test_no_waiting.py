@@ -182,7 +182,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options[0])
 def test_steps_of_a_run_read_no_number_from_the_device(root, monkeypatch, options):
     watch = Watch()
@@ -191,7 +191,7 @@ def test_steps_of_a_run_read_no_number_from_the_device(root, monkeypatch, option
     assert len(steps) == 3 * STEPS and not watch.found
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_an_optimizer_that_leaves_out_no_step_by_itself_is_asked_at_each(root, monkeypatch):
     """All but those that are fused; the read numbers show that the watch sees what a real step does."""
     watch = Watch()

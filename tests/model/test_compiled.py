@@ -72,7 +72,7 @@ def test_captions_are_cut_to_multiples_of_the_bucket_up_to_the_context():
     assert lengths == {2: 16, 15: 16, 16: 16, 17: 32, 40: 40}
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "lengths"), [(False, (2, 17, 40)), (True, (5,))])
 @alone
 def test_features_and_gradients_are_those_of_open_clip_at_any_length_of_the_captions(blocks, checkpointing, lengths):
@@ -92,7 +92,7 @@ def test_features_and_gradients_are_those_of_open_clip_at_any_length_of_the_capt
             assert_close(grad, plain.get_parameter(name).grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @alone
 def test_what_stands_behind_the_end_token_in_a_bucket_cannot_matter(blocks):
     clip, tokens = model(), texts(5, 9, 3)
@@ -104,7 +104,7 @@ def test_what_stands_behind_the_end_token_in_a_bucket_cannot_matter(blocks):
     assert_close(two["transformer.resblocks.0.attn.in_proj_weight"], one["transformer.resblocks.0.attn.in_proj_weight"])
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @alone
 def test_all_blocks_of_a_tower_share_a_graph_and_there_is_one_for_each_length(blocks):
     """Two functions, the last block's and that of the others: one pair of graphs for the image, one for each bucket."""
@@ -118,7 +118,7 @@ def test_all_blocks_of_a_tower_share_a_graph_and_there_is_one_for_each_length(bl
     assert not counters["graph_break"]
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @alone
 def test_a_tower_whose_first_blocks_are_frozen_has_few_graphs_more(blocks):
     clip = model()
