@@ -7,7 +7,8 @@ import inspect
 import itertools
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from clipft import config as config_module
@@ -24,7 +25,7 @@ FREE_TEXT = (
     *DATA_TEXT,
     *PACK_TEXT,
 )
-GROUPS = ("model", "data", "tune", "experiment")
+GROUPS = ("model", "data", "tune")
 SWEEPER = "hydra.sweeper."  # begins the keys of its options
 SWEEPERS = {"grid": config_module.GridConfig, "optuna": config_module.SearchConfig}
 HYDRA_FLAGS = (
@@ -66,10 +67,16 @@ def options_of(schema: type, prefix: str = "") -> Iterator[Option]:
         yield Option(prefix + field.name, kind, shown, docs[field.name])
 
 
+@cache
+def config_tree() -> ast.Module:
+    return ast.parse(inspect.getsource(config_module))
+
+
 def field_docs(schema: type) -> dict[str, str]:
     """The string below each field of a dataclass, which Python itself throws away."""
-    tree = ast.parse(inspect.getsource(config_module))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == schema.__name__)
+    body = next(
+        node.body for node in config_tree().body if isinstance(node, ast.ClassDef) and node.name == schema.__name__
+    )
     docs = {}
     for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
@@ -81,8 +88,7 @@ def field_docs(schema: type) -> dict[str, str]:
 def to_overrides(arguments: list[str], schema: type) -> list[str]:
     """Hydra overrides; raises ValueError for unknown keys and names with the closest ones, and for repeated keys."""
     keys = {option.key for option in options_of(schema)}
-    groups = [group for group in GROUPS if any(key.startswith(f"{group}.") for key in keys)]
-    groups += ["experiment"] if "train.epochs" in keys else []
+    groups = group_names(keys)
     multirun = is_multirun(arguments)
     overrides: list[str] = []
     seen: dict[str, str] = {}
@@ -103,6 +109,13 @@ def to_overrides(arguments: list[str], schema: type) -> list[str]:
     if schema is config_module.Config and not seen.keys() & {"model", "data", "experiment", "data.path", "data.train"}:
         overrides.append("experiment=toy")
     return overrides
+
+
+def group_names(keys: Iterable[str]) -> list[str]:
+    """Folders of conf/ whose files may be named among the options, such as tune=lit."""
+    keys = set(keys)
+    groups = [group for group in GROUPS if any(key.startswith(f"{group}.") for key in keys)]
+    return [*groups, *(["experiment"] if "train.epochs" in keys else [])]
 
 
 def is_multirun(arguments: list[str]) -> bool:

@@ -109,20 +109,14 @@ def tried(share: int, config: Config, ranks: Ranks, clip: Clip, towers: Towers) 
 
 def full_length_batch(clip: Clip, pairs: int) -> Batch:
     """Pairs as large as any that can come: captions that fill the context."""
-    side = side_of(clip)
     return Batch(
-        pixels=torch.zeros(pairs, 3, side, side, dtype=torch.uint8),
+        pixels=torch.zeros(pairs, 3, clip.side, clip.side, dtype=torch.uint8),
         tokens=clip.tokenize(["word " * 2 * clip.model.context_length]).repeat(pairs, 1).long(),
         valid=torch.ones(pairs, dtype=torch.bool),
         ids=torch.arange(pairs),
         keys=[str(row) for row in range(pairs)],
         bad={},
     )
-
-
-def side_of(clip: Clip) -> int:
-    side = clip.preprocess_cfg["size"]
-    return side if isinstance(side, int) else side[0]
 
 
 def num_workers(asked: int | None, ranks: Ranks, clip: Clip, pairs: int) -> int:
@@ -133,7 +127,7 @@ def num_workers(asked: int | None, ranks: Ranks, clip: Clip, pairs: int) -> int:
     if asked is not None:
         return asked
     wanted = min(MOST_WORKERS, ranks.cores() - 1)
-    ahead = (PREFETCH + 1) * pairs * 3 * side_of(clip) ** 2  # with the one that is being made
+    ahead = (PREFETCH + 1) * pairs * 3 * clip.side**2  # with the one that is being made
     room = LOADER_SHARE * host_memory() / ranks.local_world
     return wanted if room >= wanted * ahead else max(1, int(room // ahead))
 

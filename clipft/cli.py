@@ -14,19 +14,29 @@ from clipft.arguments import (
     SWEEPERS,
     check_sweeper,
     explain,
+    group_names,
     is_multirun,
     options_of,
     split_flags,
     to_overrides,
 )
 from clipft.conf_files import conf_dirs, yaml_names
-from clipft.config import CheckConfig, Config, EvaluateConfig, ExportConfig, IndexConfig, PackConfig, VerifyConfig
+from clipft.config import (
+    CheckConfig,
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    IndexConfig,
+    ModelConfig,
+    PackConfig,
+    VerifyConfig,
+)
 from clipft.data.remote.addresses import ALLOW_PIPE
 from clipft.learn.stop import STOPPED
 from clipft.model.listing import list_models
 from clipft.model.names import architecture_names
 from clipft.report import RunFailed
-from clipft.rundir import save_config, settle
+from clipft.rundir import load_config, save_config, settle
 
 EXAMPLES = """\
 python train.py                                        drawn toy pairs, tiny model, about two minutes on a CPU
@@ -46,6 +56,7 @@ python train.py -m optim.lr=1e-5,3e-5 train.batch_size=64,128        a grid: eve
 python train.py -m hydra/sweeper=optuna 'optim.lr=tag(log, interval(1e-6, 1e-4))' hydra.sweeper.n_trials=30
         a search, in interval(a, b), int(interval(a, b)), range(a, b, step), tag(log, interval(a, b)) or values"""
 
+FOLDERS = {"data": ["FOLDER"]}  # what else may be named in the place of a group's file
 MODELS = "models"
 MODELS_DOC = "list the architectures with the tags of their weights; `clipft models WORD ...` those with the words"
 
@@ -92,8 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name is None or {"-h", "--help"} & set(rest):
             print(help_text(name))
             return 0
-        heed_pipes(rest)
-        return compose(COMMANDS[name], rest)
+        return compose(COMMANDS[name], heed_pipes(rest, COMMANDS[name].schema))
     except (ValueError, OSError, RunFailed) as error:
         if os.environ.get("CLIPFT_TRACEBACK"):
             raise
@@ -101,11 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if isinstance(error, RunFailed) else 2
 
 
-def heed_pipes(arguments: list[str]) -> None:
-    """Lets this process and those that it starts run the commands of pipe: sources where the command line says so."""
+def heed_pipes(arguments: list[str], schema: type) -> list[str]:
+    """Lets this process and those that it starts run the commands of pipe: sources where the command line says so.
+
+    Returns the arguments, without that word for a command whose data are those of a run (export).
+    """
     os.environ.pop(ALLOW_PIPE, None)
-    if "data.allow_pipe=true" in (argument.lower() for argument in arguments):
+    word = "data.allow_pipe=true"
+    if word in (argument.lower() for argument in arguments):
         os.environ[ALLOW_PIPE] = "1"
+    if schema is ExportConfig:
+        return [argument for argument in arguments if argument.lower() != word]
+    return arguments
 
 
 def refuse_pipes_from_files(config: Any) -> None:
@@ -140,9 +157,9 @@ def help_text(name: str | None) -> str:
     command = COMMANDS[name or "train"]
     examples = f"Examples\n{EXAMPLES}" if command.more == EXAMPLES else command.more
     text = f"clipft fine-tunes CLIP on your own image-text pairs.\n\n{commands}\n\n{examples}\n\n"
-    groups = (f"{group}={'|'.join(yaml_names(group))}" for group in ("tune", "experiment"))
-    if any(option.key.startswith("data.") for option in options_of(command.schema)):
-        text += "  ".join([f"Groups: data={'|'.join(yaml_names('data'))}|FOLDER", *groups]) + "\n"
+    groups = [group for group in group_names(option.key for option in options_of(command.schema)) if group != "model"]
+    shown = [f"{group}={'|'.join([*yaml_names(group), *FOLDERS.get(group, [])])}" for group in groups]
+    text += f"Groups: {'  '.join(shown)}\n" if shown else ""
     text += f"Options of clipft {name or 'train'}, written key=value (type, default)\n{options_text(command.schema)}"
     if command.schema is not Config:
         return text
@@ -291,8 +308,14 @@ def evaluate(config: EvaluateConfig) -> int:
 
 
 def export(config: ExportConfig) -> int:
-    if not (Path(config.run) / "config.yaml").is_file():
+    from clipft.data.split import find_shards
+    from clipft.model.check import check_model
+    from clipft.model.sources import kind_of_path
+
+    if kind_of_path(config.run) != "run":
         raise ValueError(f"run={config.run!r} is no run directory (with config.yaml and checkpoints/).")
+    check_model(ModelConfig(name=f"local-dir:{config.run}", pretrained=None, checkpoint=config.checkpoint))
+    find_shards(load_config(Path(config.run) / "config.yaml", Config).data)
     return launch_from_file("export", config, devices=1)
 
 

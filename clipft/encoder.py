@@ -156,21 +156,17 @@ class Encoder:
         return guide_loss(
             lambda pixels: encode_image(self.clip.model, pixels),
             self.encode_text([text])[0].to(self.device),
-            random_views(self._side(), num_crops, augment),
+            random_views(self.clip.side, num_crops, augment),
             self.clip.preprocess_cfg["mean"],
             self.clip.preprocess_cfg["std"],
         )
-
-    def _side(self) -> int:
-        size = self.clip.preprocess_cfg["size"]
-        return size if isinstance(size, int) else size[0]
 
     def _no_features(self) -> Float[Tensor, "0 D"]:
         return torch.zeros(0, self.clip.model_cfg["embed_dim"])
 
     def _pixels(self, image: ImageLike) -> Float[Tensor, "3 S S"]:
         if isinstance(image, Tensor):
-            side = self._side()
+            side = self.clip.side
             if not image.is_floating_point() or image.shape != (3, side, side):
                 raise ValueError(
                     f"an image tensor must be float [3, {side}, {side}] as preprocess makes it, and is {image.dtype} "

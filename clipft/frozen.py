@@ -28,7 +28,7 @@ from clipft.learn.gather import all_objects
 from clipft.learn.stop import STOPS, StopRequest
 from clipft.measure import PACKAGES, Measure, code_hash, naming_memory
 from clipft.model.build import description
-from clipft.model.groups import NO_TOWER, TOWERS, is_frozen
+from clipft.model.groups import TOWERS, in_tower, is_frozen
 from clipft.model.towers import of_transformers
 from clipft.ranks import first_to_all
 from clipft.report import RunFailed, tell
@@ -92,16 +92,9 @@ def place_of(tower: str, job: Job) -> Kept:
     return Kept(user_cache() / "features" / digest[:32], units, clip.model_cfg["embed_dim"])
 
 
-def tower_values(values: Mapping[str, Tensor], tower: str) -> Iterator[tuple[str, Tensor]]:
-    """A tower's weights and statistics among those of the model."""
-    for name, value in values.items():
-        if name not in NO_TOWER and name.startswith("visual.") == (tower == "image"):
-            yield name, value
-
-
 def weights_hash(model: nn.Module, tower: str) -> str:
     digest = hashlib.sha256()
-    for name, value in tower_values(model.state_dict(), tower):
+    for name, value in in_tower(model.state_dict().items(), tower):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -112,7 +105,7 @@ def check_state(tower: str, model: nn.Module, path: str | None) -> None:
     if path is None:
         return
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    for name, value in tower_values(model.state_dict(), tower):
+    for name, value in in_tower(model.state_dict().items(), tower):
         if not torch.equal(saved[name].to(value.dtype), value.cpu()):
             raise ValueError(
                 f"train.cache_features=true: {name} of the locked {tower} tower is another one in {path} than in what "

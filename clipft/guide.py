@@ -30,11 +30,12 @@ def guide_loss(
 ) -> GuideLoss:
     """The function of an image in 0..1 that `Encoder.prompt_loss` returns."""
 
+    shift, width = (torch.tensor(each, device=text.device).view(3, 1, 1) for each in (mean, std))
+
     def loss(image: Tensor) -> Float[Tensor, ""]:
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise ValueError(f"the image must be a float tensor [3, H, W] in 0..1, and is {list(image.shape)}.")
         pixels = views(image.to(text.device))
-        shift, width = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (mean, std))
         return great_circle(encode((pixels - shift) / width), text).mean()
 
     return loss

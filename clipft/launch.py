@@ -167,6 +167,12 @@ def supervise(job: Job) -> int:
     return code
 
 
+def rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torch.distributed wants to know of a rank of this machine, as environment variables."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
 def start_rank(
     command: str,
     config_file: Path,
@@ -178,17 +184,7 @@ def start_rank(
 ) -> Watched:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    variables = {
-        **os.environ,
-        **environment,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        PIPE: str(writing),
-    }
+    variables = {**os.environ, **environment, **rank_variables(rank, world, port), PIPE: str(writing)}
     # A session of its own: Ctrl-C reaches the ranks once, through us. The pipe closes when we are gone.
     process = subprocess.Popen(
         [sys.executable, "-m", "clipft.rank", command, str(config_file)],

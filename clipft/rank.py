@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from clipft.config import Config, EvaluateConfig, ExportConfig
@@ -40,11 +41,7 @@ def train(file: Path) -> int:
 
 def train_in(folder: Path, config: Config, ranks: "Ranks", stop: StopRequest) -> int:
     """Trains with the run's folder locked; what goes wrong stands in its log too."""
-    with without_collection(), without("wandb"):
-        import open_clip  # noqa: F401
-
-        from clipft import run
-
+    run = imported_run()
     with locked(folder) if ranks.first else nullcontext():
         try:
             return run.train(config, folder, ranks, stop)
@@ -75,6 +72,14 @@ def ending_children() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises over each of them
         for child in multiprocessing.active_children():
             child.kill()
+
+
+def imported_run() -> ModuleType:
+    with without_collection(), without("wandb"):
+        import open_clip  # noqa: F401
+
+        from clipft import run
+    return run
 
 
 @contextmanager
@@ -119,9 +124,7 @@ def evaluate(file: Path) -> int:
 
 
 def export(file: Path) -> int:
-    from clipft import run
-
-    return run.export(load_config(file, ExportConfig))
+    return imported_run().export(load_config(file, ExportConfig))
 
 
 JOBS: dict[str, Callable[[Path], int]] = {"train": train, "evaluate": evaluate, "export": export}
@@ -141,7 +144,7 @@ def train_under_torchrun(config: Config, prepare: Callable[[Config], Path | None
 
 
 def evaluate_under_torchrun(config: EvaluateConfig) -> int:
-    from clipft import run
+    run = imported_run()
     from clipft.ranks import joined
 
     with ending_children(), joined(config.trainer) as ranks:

@@ -54,7 +54,7 @@ from clipft.ranks import Ranks, check_alike, first_to_all
 from clipft.report import on_the_way
 from clipft.rundir import load_config, log, read_results, write_results
 from clipft.ship.card import card_text
-from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, export_folder
+from clipft.ship.folder import CONFIG_NAME, MIN_COSINE, WEIGHTS_NAME, Reloaded, check_out, export_folder
 
 WAIT_FRAC = 0.9  # of the time that ranks wait for each other: the one that waits for a batch shall say so first
 NO_SIZES = ("indexed", "used", "dropped", "examples")  # of a gallery
@@ -173,8 +173,10 @@ def export(config: ExportConfig) -> int:
     quiet_libraries()
     folder = Path(config.run)
     out = Path(config.out) if config.out else folder / "export"
+    check_out(out)
     trained = load_config(folder / "config.yaml", Config)
-    clip = load_model(ModelConfig(name=config.run, pretrained=None, checkpoint=config.checkpoint), seed=0)
+    here = f"local-dir:{config.run}"  # a run may be called as an architecture is
+    clip = load_model(ModelConfig(name=here, pretrained=None, checkpoint=config.checkpoint), seed=0)
     splits = load_splits(trained.data)
     split, samples = reported(splits)
     whole = len(samples) <= MOST_EXPORT_CHECKS

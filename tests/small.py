@@ -62,6 +62,13 @@ def make_data(folder: Path, num_train: int = 40, num_other: int = 12, damaged: i
     return folder / "packed"
 
 
+def make_world(folder: Path) -> Path:
+    """The folder, with a model and data that make_config names."""
+    make_model(folder / "model")
+    make_data(folder / "data")
+    return folder
+
+
 def make_config(root: Path, *overrides: str) -> Config:
     """The config of a run of a few steps under root/runs, changed by overrides such as "train.seed=3"."""
     base = [

@@ -1,5 +1,6 @@
 """The command line, in this process where that is honest, in one of its own where start-up is the point."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from small import make_data
 
 from clipft import launch
-from clipft.cli import EXAMPLES, main
+from clipft.cli import COMMANDS, EXAMPLES, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +61,18 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_bad_input_is_named_with_what_to_do(capsys, arguments, expected):
     message = failing(capsys, *arguments)
     assert all(part in message for part in expected), message
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("group, value", [("data", "FOLDER"), ("tune", "lit"), ("experiment", "toy")])
+def test_help_names_the_groups_that_the_command_takes_and_no_others(name, group, value, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    groups = re.search(r"^Groups: (.+)$", capsys.readouterr().out, re.MULTILINE)
+    named = groups is not None and re.search(rf"\b{group}=\S*\b{value}\b", groups[1]) is not None
+    capsys.readouterr()
+    main([*name.split(), f"{group}=nothing"])
+    refused = f"{group} is no option" in capsys.readouterr().err
+    assert named != refused
 
 
 def test_help_shows_ten_examples_and_every_command(capsys):

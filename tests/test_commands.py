@@ -1,16 +1,20 @@
 """evaluate, export and data pack, with each of their options."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from small import make_config, make_data, make_model, train_here
+import torch
+from safetensors.torch import load_file
+from small import make_config, make_world, train_here
 
 from clipft import run
 from clipft.cli import main
 from clipft.config import DataConfig, EvaluateConfig, ExportConfig, ModelConfig, TrainerConfig
+from clipft.model.weights import read_checkpoint
 from clipft.ranks import joined
 from clipft.rundir import read_results
 
@@ -19,9 +23,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_model(folder / "model")
-    make_data(folder / "data")
+    folder = make_world(tmp_path_factory.mktemp("world"))
     assert train_here(make_config(folder, "name=trained"))[0] == 0
     return folder
 
@@ -86,6 +88,28 @@ def test_a_given_step_is_exported(root):
     assert run.export(ExportConfig(run=str(root / "runs" / "trained"), checkpoint="4", out=str(out))) == 0
     last = root / "exported" / "open_clip_model.safetensors"
     assert (out / "open_clip_model.safetensors").read_bytes() != last.read_bytes()
+
+
+def test_a_run_that_is_called_like_an_architecture_is_exported_and_not_that_architecture(root, tmp_path, monkeypatch):
+    shutil.copytree(root / "runs" / "trained", tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert run.export(ExportConfig(run="tiny")) == 0
+    trained = read_checkpoint(tmp_path / "tiny" / "checkpoints" / "best.ckpt")
+    exported = load_file(tmp_path / "tiny" / "export" / "open_clip_model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in trained.items())
+
+
+def test_what_cannot_be_exported_is_said_before_any_rank_starts(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("clipft.launch.launch", lambda *_: pytest.fail("a rank was started"))
+    trained = f"run={root}/runs/trained"
+    (tmp_path / "config.yaml").touch()
+    for arguments, said in (
+        ([f"run={tmp_path}"], "is no run directory (with config.yaml and checkpoints/)"),
+        ([trained, "checkpoint=9"], "checkpoint"),
+        ([f"run={tmp_path}", "data.allow_pipe=true"], "is no run directory"),
+    ):
+        assert main(["export", *arguments]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_pack_reads_a_folder_and_its_options(root, tmp_path, capsys, monkeypatch):

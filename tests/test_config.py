@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import make_config, make_data, make_model, outcome, train_here
+from small import make_config, make_data, make_world, outcome, train_here
 
 from clipft import fit, ranks
 from clipft.arguments import options_of
@@ -217,10 +217,7 @@ def test_every_option_is_in_one_of_the_tables():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_model(folder / "model")
-    make_data(folder / "data")
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

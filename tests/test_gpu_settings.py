@@ -20,6 +20,7 @@ from clipft.bench.stepping import Resident, place, train
 from clipft.config import OptimConfig, TrainerConfig
 from clipft.data.loader import Batch
 from clipft.data.waiting import InFlight, Wait, in_order
+from clipft.launch import rank_variables
 from clipft.learn.optimizer import build_optimizer
 from clipft.model.build import build_model
 from clipft.model.encode import encode_image, encode_text
@@ -118,8 +119,7 @@ class BucketViews(pl.Callback):
 
 
 def two_steps(resident: Resident, folder: Path, rank: int, port: int) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+    os.environ |= rank_variables(rank, 2, port)
     run.quiet_libraries()
     with ranks.joined(TrainerConfig(accelerator="cpu", precision="32-true")) as place:
         (folder / str(rank)).mkdir()

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from small import make_config, make_data, make_model, outcome, train_here
+from small import make_config, make_world, outcome, train_here
 from torch.testing import assert_close
 from weight_files import features, model
 
@@ -24,10 +24,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_model(folder / "model")
-    make_data(folder / "data")
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_sizes_and_patch_dropout_stay_through_a_stop_an_export_and_a_run_that_starts_from_there(root):

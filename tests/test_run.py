@@ -21,7 +21,7 @@ import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
 from shards import jpeg, pairs, write_tar
-from small import RESNET_CFG, make_config, make_data, make_model, outcome, train_here
+from small import RESNET_CFG, make_config, make_data, make_model, make_world, outcome, train_here
 
 from clipft import fit, run
 from clipft.config import Config, ExportConfig, OptimConfig
@@ -40,10 +40,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_model(folder / "model")
-    make_data(folder / "data")
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def in_child(function: Callable[[], object]) -> int:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from clipft.bench.report import Row
 from clipft.bench.stepping import Resident, place, train
 from clipft.config import TrainerConfig
-from clipft.launch import free_port
+from clipft.launch import free_port, rank_variables
 from clipft.learn.stop import STOPS
 from clipft.ranks import joined
 from clipft.run import quiet_libraries
@@ -104,9 +104,7 @@ def start_ranks(world: int, work: Callable[[int, int], None]) -> None:
 
 
 def step_on_rank(resident: Resident, folder: Path, rank: int, world: int, port: int, dtype: torch.dtype | None) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {name: str(number) for name, number in numbers.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {**rank_variables(rank, world, port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     quiet_libraries()
     watcher = Watcher()

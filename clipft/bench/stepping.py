@@ -74,10 +74,8 @@ def place(architecture: str, batch_size: int, device: torch.device, precision: s
     freeze_fixed(clip.model, LossConfig())
     clip.model.to(device).train()
     full = clip.tokenize(draw_captions(batch_size)).long()
-    side = clip.preprocess_cfg["size"]
-    side = side if isinstance(side, int) else side[0]
     drawn = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (batch_size, 3, side, side), generator=drawn, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (batch_size, 3, clip.side, clip.side), generator=drawn, dtype=torch.uint8)
     rows = torch.arange(batch_size)
     tokens = trim_tokens(clip.model, full) if can_trim(clip.model, clip.tokenize) else full
     batch = Batch(pixels, tokens, rows >= 0, rows, [str(row) for row in range(batch_size)], {})

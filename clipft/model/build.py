@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
+from clipft.data.augment import square_side
 from clipft.model.encode import OpenClip
 from clipft.model.tokens import make_tokenizer
 from clipft.model.towers import ModelCfg, check_towers
@@ -28,6 +29,11 @@ class Clip:
     name: str
     pretrained: str | None = None
     notes: list[str] = field(default_factory=list)  # for the plan: what was chosen or corrected
+
+    @property
+    def side(self) -> int:
+        """Of the square images that the model sees, in pixels."""
+        return square_side(self.preprocess_cfg["size"])
 
 
 def description(clip: Clip) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Where in a model each parameter lies: the words that tuning rules, layer decay and the plan's table use."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from clipft.model.encode import OpenClip
+
+Value = TypeVar("Value")
 
 TOWERS = ("image", "text")
 # In towers of open_clip and transformers: resblocks.3, layer2.0 (ResNet), encoder.layer.3, layers.3, block.3 (T5).
@@ -58,9 +60,14 @@ def tower_modules(model: OpenClip, tower: str) -> list[nn.Module]:
 
 def tower_parameters(model: OpenClip, tower: str) -> Iterator[tuple[str, nn.Parameter]]:
     """A tower's parameters, by their names in the model."""
-    for name, parameter in model.named_parameters():
+    return in_tower(model.named_parameters(), tower)
+
+
+def in_tower(named: Iterable[tuple[str, Value]], tower: str) -> Iterator[tuple[str, Value]]:
+    """What belongs to a tower among a model's parameters, or its whole state."""
+    for name, value in named:
         if name not in NO_TOWER and name.startswith("visual.") == (tower == "image"):
-            yield name, parameter
+            yield name, value
 
 
 def is_frozen(model: OpenClip, tower: str) -> bool:

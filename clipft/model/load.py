@@ -58,8 +58,8 @@ def load_model(config: ModelConfig, seed: int) -> Clip:
             clip = resized(clip, config.image_size)
     check_context(config, clip)
     if config.image_size or config.context_length:
-        side, length = clip.preprocess_cfg["size"], clip.tokenize(["a"]).shape[1]
-        clip.notes.append(f"images of {side if isinstance(side, int) else side[0]} pixels, captions of {length} tokens")
+        length = clip.tokenize(["a"]).shape[1]
+        clip.notes.append(f"images of {clip.side} pixels, captions of {length} tokens")
     keep_all_layers(clip)
     clip.notes += patch_dropout_note(clip)
     draw_patches_on_device(clip.model)

@@ -5,19 +5,16 @@ from torch import Tensor, nn
 
 from clipft.model.build import Clip
 from clipft.model.encode import encode_image, encode_text
-
-NO_TOWER = ("logit_scale", "logit_bias")
+from clipft.model.groups import NO_TOWER
 
 
 def freeze_unreached(clip: Clip) -> None:
     """Freezes, and names in a note, the parameters that no feature depends on: DDP would wait for their gradients."""
     model = clip.model
     device, was_training = next(model.parameters()).device, model.training
-    size = clip.preprocess_cfg["size"]
-    height, width = (size, size) if isinstance(size, int) else size
     model.eval()  # statistics of BatchNorm must not move
     with torch.enable_grad():
-        image = encode_image(model, torch.zeros(1, 3, height, width, device=device))
+        image = encode_image(model, torch.zeros(1, 3, clip.side, clip.side, device=device))
         text = encode_text(model, clip.tokenize(["a"]).to(device), trim=False)
     model.train(was_training)
     reached = {id(leaf) for feature in (image, text) for leaf in leaves(feature)}

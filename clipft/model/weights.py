@@ -52,7 +52,8 @@ def read_weights(path: Path) -> Weights:
     return Weights({name: as_float(value) for name, value in state.items()}, openai, mixed, average)
 
 
-def read_content(path: Path, form: str) -> Any:
+def read_content(path: Path, form: str, mapped: bool = False) -> Any:
+    """What the file holds; `mapped` leaves tensors on the disk until they are used, for uncompressed archives only."""
     if form == NUMPY:
         raise ValueError(
             f"{path} has big_vision's names: say which model it is, model=ARCHITECTURE model.pretrained={path}."
@@ -64,7 +65,7 @@ def read_content(path: Path, form: str) -> Any:
     try:
         if form == SAFETENSORS:
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, MemoryError):  # about this machine, now; not about the file
         raise
     except SafetensorError as error:
@@ -92,11 +93,7 @@ def as_float(value: Tensor) -> Tensor:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The model's weights in a training state of ours, under open_clip's names."""
-    check_archive(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise ValueError(unreadable(path, error)) from error
+    return read_content(path, STATE, mapped=True)["state_dict"]
 
 
 def unreadable(path: Path, error: Exception) -> str:

@@ -61,14 +61,19 @@ def export_folder(
     files: key and original bytes of validation images; ours: their features as clipft measured them.
     card: makes README.md from the check.
     """
-    occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if occupied and not (out / CONFIG_NAME).is_file():
-        raise ValueError(f"out={str(out)!r} holds something else than an export. Give another folder.")
+    check_out(out)
     with staged(out) as folder:
         write_folder(clip, folder)
         reloaded = check_folder(clip, folder, files, ours, captions)
         (folder / "README.md").write_text(card(reloaded), encoding="utf-8")
     return reloaded
+
+
+def check_out(out: Path) -> None:
+    """Raises where an export would take the place of something else."""
+    occupied = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if occupied and not (out / CONFIG_NAME).is_file():
+        raise ValueError(f"out={str(out)!r} holds something else than an export. Give another folder.")
 
 
 @contextmanager
@@ -108,9 +113,7 @@ def check_folder(
 ) -> Reloaded:
     """The comparison with plain open_clip; RuntimeError where the folder is not what was measured."""
     model = copy.deepcopy(clip.model).cpu().float().eval()
-    size = clip.preprocess_cfg["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(4, 3, clip.side, clip.side, generator=torch.Generator().manual_seed(0))
     tokens = clip.tokenize(PROBES)
     with tempfile.TemporaryDirectory(prefix="clipft-export-") as job:
         write_job(Path(job), {"pixels": pixels, "tokens": tokens}, captions, [raw for _, raw in files])

@@ -165,15 +165,7 @@ def fork_ranks(notes: Path, faults: tuple[Fault, ...] = ()) -> None:
         os.set_blocking(reading, False)
         theirs, ours = os.pipe()
         ends.append(ours)
-        variables = environment | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            PIPE: str(writing),
-        }
+        variables = environment | launch.rank_variables(rank, world, port) | {PIPE: str(writing)}
         mine = [fault for fault in faults if fault.rank == rank]
 
         def be() -> None:

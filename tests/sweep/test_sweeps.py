@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Fault, read
-from small import make_data, make_model
+from small import make_world
 from strikes import fail, kill_supervisor, to_supervisor
 from sweeps import Swept, base, start, sweep
 
@@ -27,10 +27,7 @@ SEARCH = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "optim.lr=tag(log,
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sweeps")
-    make_model(folder / "model")
-    make_data(folder / "data")
-    return folder
+    return make_world(tmp_path_factory.mktemp("sweeps"))
 
 
 @pytest.fixture(scope="module")
