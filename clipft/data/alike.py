@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt64
+from jaxtyping import Bool, Int64, UInt8, UInt64
 
 MOST_BITS, MOST_COLOUR = 7, 10
 """Two pictures look the same when at most 7 of the 128 bits of their hash and no mean colour by more than 10 of 255
@@ -24,6 +24,16 @@ def same_value(values: UInt64[np.ndarray, " n"] | Int64[np.ndarray, " n"]) -> Pa
     order = np.argsort(values, kind="stable")
     equal = values[order][1:] == values[order][:-1]
     return np.stack([order[:-1][equal], order[1:][equal]], axis=1).astype(np.int64)
+
+
+def near_images(looks: np.ndarray, usable: Bool[np.ndarray, " rows"]) -> Pairs:
+    """Pairs of rows that look the same; of rows with the same bytes only the first is compared."""
+    found = np.flatnonzero(usable & looks["hashed"])
+    _, first = np.unique(looks["digest"][found], return_index=True)
+    found = found[np.sort(first)]
+    if not len(found):
+        return np.zeros((0, 2), np.int64)
+    return found[near_pairs(looks["hash"][found], looks["colours"][found])]
 
 
 def near_pairs(hashes: UInt64[np.ndarray, "n 2"], colours: UInt8[np.ndarray, "n 48"]) -> Pairs:

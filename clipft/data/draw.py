@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from clipft.config import DrawConfig
-from clipft.data.alike import Pairs, components, near_pairs, same_value
+from clipft.data.alike import Pairs, components, near_images, same_value
 from clipft.data.caption import caption_id, group_id
 from clipft.data.names import ordered
 from clipft.data.sources.row import Row
@@ -130,18 +130,16 @@ def captions_of_rows(rows: list[Row]) -> tuple[Int64[np.ndarray, " n"], Int64[np
 
 
 def find_near(config: DrawConfig, seen: np.ndarray) -> Pairs:
-    """Pairs of rows whose images look the same."""
-    hashed = np.flatnonzero(seen["hashed"]) if config.near else np.zeros(0, np.int64)
-    if not len(hashed):
-        return np.zeros((0, 2), np.int64)
-    return hashed[near_pairs(seen["hash"][hashed], seen["colours"][hashed])]
+    """Pairs of rows whose images look the same, each the first of its bytes."""
+    return near_images(seen, np.full(len(seen), config.near))
 
 
 def find_shared(rows: list[Row], splits: list[str], seen: np.ndarray, near: Pairs) -> dict[str, Shared]:
     """What each split has in common with one before it, by "train/val" and the like; nothing in common is left out."""
     names = ordered(set(splits))
     split = np.array([names.index(name) for name in splits])
-    same, look = partners(same_pairs(seen["digest"], split), split), partners(near, split)
+    digests = seen["digest"]
+    same, look = partners(same_pairs(digests, split), split), partners(spread(near, digests, split), split)
     owners, ids = captions_of_rows(rows)
     shared = {}
     for first, second in itertools.combinations(range(len(names)), 2):
@@ -169,6 +167,19 @@ def same_pairs(digests: np.ndarray, split: np.ndarray) -> Pairs:
             firsts = {int(split[i]): int(i) for i in run[::-1]}
             pairs += [(first, int(i)) for i in run for first in firsts.values() if first != i]
     return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def spread(near: Pairs, digests: np.ndarray, split: np.ndarray) -> Int64[np.ndarray, "rows 2"]:
+    """Pairs of rows that look the same: each row of either image with the first of every split that has the other."""
+    order = np.argsort(digests, kind="stable")
+    known, pairs = digests[order], []
+    for pair in near:
+        starts, ends = (np.searchsorted(known, digests[pair], side=side) for side in ("left", "right"))
+        one, other = (order[start:end].tolist() for start, end in zip(starts, ends, strict=True))
+        for rows, partner in ((one, other), (other, one)):
+            firsts = {int(split[i]): i for i in partner[::-1]}
+            pairs += [(first, i) for i in rows for first in firsts.values()]
+    return np.unique(np.sort(np.array(pairs, np.int64).reshape(-1, 2), axis=1), axis=0)
 
 
 def partners(pairs: Pairs, split: np.ndarray) -> dict[tuple[int, int], dict[int, int]]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from clipft.config import DrawConfig
+from clipft.data.alike import near_pairs
 from clipft.data.caption import normalise_caption
-from clipft.data.draw import check_draw, draw_splits, find_near, find_shared
+from clipft.data.draw import check_draw, draw_splits, find_near, find_shared, partners, spread
 from clipft.data.fingerprint import SEEN
 from clipft.data.sources.row import Row
 
@@ -159,6 +160,37 @@ def test_shared_rows_agree_with_a_slow_loop():
         theirs = [i for i in range(120) if splits[i] == second]
         assert found.images == sum(int(seen["digest"][i]) in images for i in theirs)
         assert found.captions == sum(text in texts for i in theirs for text in rows[i].captions)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_images_that_look_the_same_all_copies_have_the_partners_that_all_pairs_give(seed: int):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 25, 60)
+    bits = rng.integers(0, 2, (9, 128), np.uint8)[rng.integers(0, 9, 25)]
+    bits[np.arange(25), rng.integers(0, 128, 25)] ^= 1  # up to two differ between images of one look
+    seen = np.zeros(60, SEEN)
+    seen["digest"], seen["hashed"] = rng.permutation(25)[image], image % 5 > 0
+    seen["hash"] = np.packbits(bits, axis=1).view(np.uint64)[image]
+    split = rng.integers(0, 3, 60)
+    hashed = np.flatnonzero(seen["hashed"])
+    pairs = hashed[near_pairs(seen["hash"][hashed], seen["colours"][hashed])]
+    expected = partners(pairs[seen["digest"][pairs[:, 0]] != seen["digest"][pairs[:, 1]]], split)
+    found = partners(spread(find_near(DrawConfig(), seen), seen["digest"], split), split)
+    assert len(expected) == 3 and found == expected
+    assert [next(iter(found[sides].items())) for sides in found] == [next(iter(expected[s].items())) for s in found]
+
+
+def test_many_copies_of_one_image_cost_no_more_pairs_than_there_are_copies():
+    rows, seen = rows_of(2003)
+    seen["digest"][:2000], seen["hashed"][:2002] = 1, True
+    seen["hash"][2001] = 1  # one bit from the others
+    splits = ["train"] * 1000 + ["val"] * 1002 + ["test"]
+    near = find_near(DrawConfig(), seen)
+    assert near.tolist() == [[0, 2000], [0, 2001], [2000, 2001]]
+    assert len(spread(near, seen["digest"], np.repeat([0, 1, 2], [1000, 1002, 1]))) < 3 * len(rows)
+    [shared] = find_shared(rows, splits, seen, near).values()
+    assert (shared.images, shared.alike, shared.example) == (1000, 2, ("000000", "001000"))
+    assert set(drawn(DrawConfig(test=0.1), rows, seen, near)[:2002]) == {"train"}
 
 
 def test_shares_that_cannot_be_are_refused(tmp_path: Path):

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from clipft.data.alike import Pairs, components, near_pairs, same_value
+from clipft.data.alike import Pairs, components, near_images, same_value
 from clipft.data.caption import MOST_CHARS, caption_id, hash_id
 from clipft.data.check.items import Item
 from clipft.data.check.look import Seen
@@ -92,16 +92,6 @@ def same_images(looks: np.ndarray, usable: Bool[np.ndarray, " rows"]) -> Int64[n
     label = np.arange(len(looks))
     label[found] = found[components(len(found), same_value(looks["digest"][found]))]
     return label
-
-
-def near_images(looks: np.ndarray, usable: Bool[np.ndarray, " rows"]) -> Pairs:
-    """Pairs of rows that look the same; of rows with the same bytes only the first is compared."""
-    found = np.flatnonzero(usable & looks["hashed"])
-    _, first = np.unique(looks["digest"][found], return_index=True)
-    found = found[np.sort(first)]
-    if not len(found):
-        return np.zeros((0, 2), np.int64)
-    return found[near_pairs(looks["hash"][found], looks["colours"][found])]
 
 
 def flags_of(rows: Rows, image_size: int, context_length: int) -> dict[str, Bool[np.ndarray, " rows"]]:
