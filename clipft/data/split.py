@@ -332,6 +332,21 @@ def check_dropped(key: str, samples: Samples | None, max_bad_frac: float) -> Non
         )
 
 
+def too_many_bad(split: str, bad: int, total: int, max_bad_frac: float) -> str | None:
+    """Why training would stop over the samples of a split that cannot be used; None where it would not."""
+    if bad <= max_bad_frac * total:
+        return None
+    return (
+        f"{split}: {bad:,} of {total:,} samples cannot be used, more than data.max_bad_frac={max_bad_frac}: "
+        "training would stop. Repair the data, or raise the limit."
+    )
+
+
+def nothing_of(split: str, indexed: int) -> str:
+    """What to say of a split without a sample that can be used."""
+    return f"{split}: none of {counted(indexed, 'sample')} can be used."
+
+
 def losses(split: str, samples: Samples) -> list[str]:
     """What the indexes of a split's shards leave out, in sentences."""
     notes = [

@@ -10,10 +10,22 @@ from pathlib import Path
 from clipft.config import DataConfig, VerifyConfig
 from clipft.data.look import Looked, Rules, look_at
 from clipft.data.manifest import MANIFEST, Listed, listed_beside, listed_shards
+from clipft.data.names import SPLITS
 from clipft.data.progress import Progress
 from clipft.data.remote.addresses import shown
 from clipft.data.sample import printable
-from clipft.data.split import CLASSNAMES, NORMAL, Found, check_files, counted, doubtful, find_shards, read_lines
+from clipft.data.split import (
+    CLASSNAMES,
+    NORMAL,
+    Found,
+    check_files,
+    counted,
+    doubtful,
+    find_shards,
+    nothing_of,
+    read_lines,
+    too_many_bad,
+)
 from clipft.data.workers import map_items, num_workers
 from clipft.files import replace_file
 
@@ -184,13 +196,14 @@ def refuse(report: Report, max_bad_frac: float) -> None:
             + "\n".join(damaged)
             + "\nCopy them again from where they are whole, or pack the set again (clipft data pack)."
         )
-    sums = summed(everything)
-    if not sums["fine"] or sums["dropped"] > max_bad_frac * sums["indexed"]:
-        raise ValueError(
-            f"{sums['dropped']} of {sums['indexed']} samples cannot be used, more than "
-            f"data.max_bad_frac={max_bad_frac}: training would stop. Repair the data"
-            f"{'' if report.out else ' (out=FILE names all of them)'}, or raise the limit."
-        )
+    trouble = []
+    for split in [split for split in report.splits if split in SPLITS] or report.splits:  # nobody reads the others
+        sums = summed(report.splits[split])
+        sentence = too_many_bad(split, sums["dropped"], sums["indexed"], max_bad_frac)
+        if sentence is not None or not sums["fine"]:
+            trouble.append(sentence or nothing_of(split, sums["indexed"]))
+    if trouble:
+        raise ValueError("\n".join(trouble + ([] if report.out else ["out=FILE names all of them."])))
 
 
 def table_row(split: str, cells: Iterable[str]) -> str:

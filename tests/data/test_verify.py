@@ -15,6 +15,7 @@ from clipft.config import DataConfig, VerifyConfig
 from clipft.data import look as look_module
 from clipft.data import progress
 from clipft.data.index import index_places, load_index
+from clipft.data.split import load_splits
 from clipft.data.verify import Report, describe, refuse, summed, verify
 
 
@@ -118,6 +119,27 @@ def test_without_shards_json_there_is_no_checksum_and_samples_are_counted_by_rea
     headers = report_of(tmp_path, decode=False)
     assert headers.splits["train"][0].dropped == {"no_text": 1}
     assert "were not looked at (decode=false)" in describe(headers) and "captioned" not in describe(headers)
+
+
+def test_each_split_is_judged_by_itself_as_training_judges_it(tmp_path: Path):
+    bad = [(f"b{i}.{kind}", raw) for i in range(5) for kind, raw in (("jpg", jpeg(50 + i)), ("txt", b" "))]
+    write_tar(tmp_path / "train-0.tar", pairs(0, 200))
+    write_tar(tmp_path / "val-0.tar", [*pairs(200, 5), *bad])
+    write_tar(tmp_path / "test-0.tar", bad[:2])
+    report = report_of(tmp_path)
+    val, test, hint = verdict(report).splitlines()
+    assert val == (
+        "val: 5 of 10 samples cannot be used, more than data.max_bad_frac=0.05: training would stop. "
+        "Repair the data, or raise the limit."
+    )
+    assert test.startswith("test: 1 of 1 samples cannot be used") and hint == "out=FILE names all of them."
+    with pytest.raises(ValueError, match=r"^test: none of 1 sample can be used\."):
+        refuse(report, max_bad_frac=1.0)
+    write_tar(tmp_path / "val-0.tar", [*pairs(200, 5), *bad[::2]])  # without texts, which headers show
+    (tmp_path / "test-0.tar").unlink()
+    assert "val: 5 of 10" in verdict(report_of(tmp_path, decode=False))
+    with pytest.raises(ValueError, match=r"^data\.val: 5 of 10 samples cannot be used"):
+        load_splits(DataConfig(path=str(tmp_path)))
 
 
 def test_limits_and_repairs_of_the_config_hold(tmp_path: Path):

@@ -10,7 +10,7 @@ from clipft.data.check.items import Contents
 from clipft.data.check.reader import Reader
 from clipft.data.fingerprint import REASONS
 from clipft.data.sample import printable
-from clipft.data.split import SPLITS, VAL_FRAC, counted
+from clipft.data.split import SPLITS, VAL_FRAC, counted, nothing_of, too_many_bad
 
 BATCH = TrainConfig().batch_size
 ENOUGH = 0.1  # false negatives of a batch, and shares in percent, below which nothing is advised
@@ -57,12 +57,9 @@ def trouble_of(contents: Contents, figures: Figures, max_bad_frac: float) -> lis
         )
         bad, total = each.indexed - each.usable - left_out, each.indexed - left_out
         if not each.usable:
-            found.append(f"{split}: none of {counted(each.indexed, 'sample')} can be used.")
-        elif bad > max_bad_frac * total:
-            found.append(
-                f"{split}: {bad:,} of {total:,} samples cannot be used, more than data.max_bad_frac={max_bad_frac}: "
-                "training would stop. Repair the data, or raise the limit."
-            )
+            found.append(nothing_of(split, each.indexed))
+        elif (sentence := too_many_bad(split, bad, total, max_bad_frac)) is not None:
+            found.append(sentence)
     return found if figures.splits else [*found, "There is no sample in it."]
 
 
