@@ -87,13 +87,14 @@ def look_at_rows(place: Building, rows: list[Row], limit: str | None, deep: bool
     names = [place.notes / f"seen-{digest_of(part, limit, deep)}.npy" for part in parts]
     for file in set(place.notes.glob("seen-*.npy")) - set(names):
         file.unlink()
-    missing = [n for n, name in enumerate(names) if load_seen(name, len(parts[n])) is None]
+    seen = [load_seen(name, len(part)) for name, part in zip(names, parts, strict=True)]
+    missing = [n for n, part in enumerate(seen) if part is None]
     chunks = [(names[n], parts[n]) for n in missing]
     sizes = [len(part) for _, part in chunks]
     progress = Progress("looking at", "images", sum(sizes))
     look = partial(look_and_note, limit=limit, deep=deep)
-    fresh = dict(zip(missing, map_items(look, chunks, workers, progress, "workers", sizes), strict=True))
-    seen = [fresh.get(n, load_seen(name, len(parts[n]))) for n, name in enumerate(names)]
+    for n, part in zip(missing, map_items(look, chunks, workers, progress, "workers", sizes), strict=True):
+        seen[n] = part
     return np.concatenate([part for part in seen if part is not None])
 
 
