@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,9 @@ def described(ask: Ask, tree: Tree, kind: str, splits: dict[str, str], read: Any
         text += f", splits {' '.join(ordered(set(splits.values())))} by folder"
     source = table_source(ask, text, [Part(tree.folder / "images")], read, "image", captioned=True)
     other = "classes" if kind == "pairs" else "pairs"
-    return Source(
-        name=source.name,
+    return replace(
+        source,
         said=f"read as: {text}, {counted(len(tree.images), 'image')} (override with format={other} or another)",
-        rows=source.rows,
         limit=None if ask.root is not None else str(tree.folder),
         hints={"image_outside_source": f"a link leads out of {tree.folder}; root={ask.source} allows it"},
         notes=[f"not read: {files}"] if (files := unread(tree)) else [],

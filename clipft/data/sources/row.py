@@ -72,6 +72,8 @@ class Source:
     rows: Callable[[], Iterator[Row | Bad]]
     table: str = ""
     """What a number in `where` counts, such as "metadata.jsonl line"; empty where rows have names."""
+    columns: str = ""
+    """Which of the table's columns are read, by role."""
     limit: str | None = None
     """Folder that links must not lead out of; None: the user vouches for them with root=."""
     hints: dict[str, str] = field(default_factory=dict)

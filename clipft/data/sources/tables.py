@@ -69,6 +69,7 @@ def table_source(
         "(override with columns.image=... columns.caption=... columns.label=... format=...)",
         rows=partial(table_rows, parts, plans, read, partial(Watch, ask.columns, columns, raws, ask.source, captioned)),
         table="" if len(parts) > 1 else f"{parts[0].path.name} {item}",
+        columns=str(columns),
         limit=None if ask.root is not None else os.path.commonpath([plan.base.limit for plan in plans]),
         hints=hints(plans[0].base, ask.root),
     )

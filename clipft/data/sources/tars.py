@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,12 @@ def tar_source(ask: Ask, path: Path) -> Source:
     parts = [Part(Path(shard), split) for split, names in shards.items() for shard in names]
     source = table_source(ask, "", parts, read, "sample", captioned=True)
     kind = "WebDataset shards" + (" of img2dataset" if stats_of(paths[0]).is_file() else "")
-    columns = source.said.partition("columns ")[2].partition("(")[0].split(",")[0].strip()
     said = [f"{len(paths)} tars", f"splits {' '.join(filter(None, shards))}" if any(shards) else ""]
-    said += [f"from json {columns}" if columns else ""]
-    return Source(
-        name=ask.source,
+    said += [f"from json {source.columns}" if source.columns != "none" else ""]
+    return replace(
+        source,
         said=f"read as: {kind}, {', '.join(filter(None, said))} (override with columns.caption=... format=...)",
-        rows=source.rows,
+        limit=None,
         notes=[*short_shards(found), *unnamed(found, home / CLASSNAMES)],
     )
 

@@ -100,6 +100,15 @@ def test_of_two_caption_columns_in_json_the_user_chooses(tmp_path: Path):
     assert isinstance(found, Row) and found.captions == ["two"]
 
 
+def test_the_columns_read_from_json_are_said_and_nothing_of_shards_without_json(tmp_path: Path):
+    row = json.dumps({"caption_0": "one", "caption_1": "two", "label": "cat"}).encode()
+    write_tar(tmp_path / "json/x.tar", [("a.jpg", jpeg(0)), ("a.json", row)])
+    write_tar(tmp_path / "txt/x.tar", [("a.jpg", jpeg(0)), ("a.txt", b"one")])
+    said = open_source(Ask(str(tmp_path / "json"))).said
+    assert said.startswith("read as: WebDataset shards, 1 tars, from json caption=caption_0,caption_1 label=label (")
+    assert open_source(Ask(str(tmp_path / "txt"))).said.startswith("read as: WebDataset shards, 1 tars (")
+
+
 def test_shards_of_another_name_beside_those_of_splits_are_no_training_data(tmp_path: Path):
     source = tars(tmp_path / "source", ITEMS)
     for name in ("extra-000.tar", "extra-001.tar"):
