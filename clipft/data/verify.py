@@ -99,9 +99,9 @@ def find_local(config: DataConfig) -> Found:
     away = next(iter(found.remote.shards.values()), None)
     if away is not None:
         raise ValueError(
-            f"data verify reads local shards, and {shown(away.address)} lies elsewhere. Each download is compared "
-            "with shards.json, or with its index; clipft data index asks whether it was changed. To have its images "
-            "looked at too, download the set and give its folder."
+            f"data verify and data check read local shards, and {shown(away.address)} lies elsewhere. Each "
+            "download is compared with shards.json, or with its index; clipft data index asks whether it was changed. "
+            "To have its images looked at too, download the set and give its folder."
         )
     return found
 

@@ -19,6 +19,7 @@ from shards import list_shards, pairs, write_shards, write_tar
 from clipft.cli import main
 from clipft.config import DataConfig
 from clipft.data.augment import Augment
+from clipft.data.check.items import items_of_data
 from clipft.data.index import Samples, index_places, index_shards, load_index
 from clipft.data.lanes import Lanes
 from clipft.data.loader import train_loader
@@ -212,13 +213,15 @@ def test_data_index_of_local_shards_writes_their_indexes(tmp_path: Path, capsys,
     assert index_places(path)[0].is_file() and "30" in capsys.readouterr().out
 
 
-def test_verify_says_that_it_reads_local_shards(web: Site, tmp_path: Path, capsys, monkeypatch):
+def test_verify_and_check_say_that_they_read_local_shards(web: Site, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packed(web.folder / "birds")
-    for data in ("data=", "data.val="):
-        address = f"{web.url}/birds" + ("/val-000.tar" if "val" in data else "")
-        assert main(["data", "verify", f"{data}{address}"]) == 2
-        assert f"data verify reads local shards, and {web.url}/birds/" in capsys.readouterr().err
+    birds, val = f"{web.url}/birds", f"{web.url}/birds/val-000.tar"
+    for option, data in ((f"data={birds}", DataConfig(path=birds)), (f"data.val={val}", DataConfig(val=val))):
+        assert main(["data", "verify", option]) == 2
+        assert f"data verify and data check read local shards, and {web.url}/birds/" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="data verify and data check read local shards"):
+            items_of_data(data)
     assert tars(web) == []
 
 
