@@ -61,7 +61,9 @@ class Batch:
 
     def split(self, rows: int) -> list["Batch"]:
         """The batch in pieces of so many rows, the last one smaller where it does not come out even."""
-        return [self._rows(slice(start, start + rows)) for start in range(0, len(self.keys), rows)]
+        if rows >= len(self):
+            return [self]
+        return [self._rows(slice(start, start + rows)) for start in range(0, len(self), rows)]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}

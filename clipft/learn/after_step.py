@@ -179,11 +179,10 @@ class AfterStep(pl.Callback):
             *(wish == reason for reason in STOPS),
             *bad_counts(batch),
         ]
-        gradients = record.gradients
         host = torch.tensor([float(value) for value in mine])
-        if gradients.loss.device.type == "cuda":  # from page-locked memory nobody waits for the copy
-            host = host.pin_memory().to(gradients.loss.device, non_blocking=True)
-        device = [gradients.loss, gradients.shared, record.skipped, batch.valid.sum()]
+        if record.loss.device.type == "cuda":  # from page-locked memory nobody waits for the copy
+            host = host.pin_memory().to(record.loss.device, non_blocking=True)
+        device = [record.loss, record.shared, record.skipped, batch.valid.sum()]
         values = torch.cat([torch.stack([value.float() for value in device]), host])
         if world() > 1:
             dist.all_reduce(values)

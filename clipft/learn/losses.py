@@ -7,7 +7,7 @@ Axes: b local pairs, B pairs of the global batch, n pairs of either, D feature w
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,23 +79,22 @@ def info_nce(
     `mask` leaves all of P(i) but i out of the target and out of both softmaxes. `smoothing` moves that share of each
     target to all c_i pairs in its softmax, evenly (Szegedy et al. 2016, sec. 7).
     """
-    image_lse = log_sum_exps(local.image, everyone.text, local, everyone, scale, mask)
-    text_lse = log_sum_exps(local.text, everyone.image, local, everyone, scale, mask)
-    all_lse = gather(torch.stack([image_lse, text_lse], dim=1))
+    rows, tiles = scaled_rows(local, scale), tiled(local, everyone, mask)
+    lse = log_sum_exps(rows, tiles)
+    all_lse = gather(lse.mT).mT
     n, positives = everyone.valid.sum().clamp(min=1), num_positives(local, everyone)
-    weights = (1 - smoothing) * (torch.ones_like(image_lse) if mask else 1 / positives)
+    weights = (1 - smoothing) / (torch.ones_like(positives) if mask else positives)
     targets = _Targets(weights)
     if smoothing:
-        rows, columns = (smoothing / num_counted(some, everyone, mask) for some in (local, everyone))
-        targets = _Targets(weights, rows, columns)
-    image = _softmax_part(local.image, everyone.text, local, everyone, scale, image_lse, all_lse[:, 1], targets, mask)
-    text = _softmax_part(local.text, everyone.image, local, everyone, scale, text_lse, all_lse[:, 0], targets, mask)
+        targets = _Targets(weights, *(smoothing / num_counted(some, everyone, mask) for some in (local, everyone)))
+    sums = _softmax_sums(rows, tiles, lse, all_lse.flip(0), targets)
+    image, text = sums.rows.mul_(scale / (2 * n))
     return LocalGradients(
-        loss=(image.loss + text.loss) / (2 * n),
-        image=image.rows * scale / (2 * n),
-        text=text.rows * scale / (2 * n),
-        log_scale=(image.log_scale + text.log_scale) / (2 * n),
-        bias=torch.zeros_like(image.bias),
+        loss=sums.loss / (2 * n),
+        image=image,
+        text=text,
+        log_scale=sums.log_scale / (2 * n),
+        bias=torch.zeros_like(sums.bias),
         shared=(positives > 1).sum().to(weights.dtype),
         finite=finite_rows(local),
     )
@@ -116,15 +115,15 @@ def siglip(
     has i's id, else -1. `mask` leaves the pairs of equal ids but i = j out of the sum.
     """
     n = everyone.valid.sum().clamp(min=1)
-    image = _sigmoid_part(local.image, everyone.text, local, everyone, scale, bias, mask)
-    text = _sigmoid_part(local.text, everyone.image, local, everyone, scale, bias, mask)
+    sums = _sigmoid_sums(scaled_rows(local, scale), tiled(local, everyone, mask), bias)
+    image, text = sums.rows.mul_(scale / n)
     return LocalGradients(
-        loss=image.loss / n,  # the texts' part has the same terms, shared out over ranks by text
-        image=image.rows * scale / n,
-        text=text.rows * scale / n,
-        log_scale=image.log_scale / n,
-        bias=image.bias / n,
-        shared=(num_positives(local, everyone) > 1).sum().to(image.loss.dtype),
+        loss=sums.loss / n,
+        image=image,
+        text=text,
+        log_scale=sums.log_scale / n,
+        bias=sums.bias / n,
+        shared=(num_positives(local, everyone) > 1).sum().to(sums.loss.dtype),
         finite=finite_rows(local),
     )
 
@@ -132,30 +131,42 @@ def siglip(
 LOSSES = {"clip": info_nce, "siglip": siglip}
 
 
-def log_sum_exps(
-    rows: Float[Tensor, "b D"],
-    columns: Float[Tensor, "B D"],
-    local: Pairs,
-    everyone: Pairs,
-    scale: Float[Tensor, ""],
-    mask: bool,
-    with_positives: bool = True,
-) -> Float[Tensor, " b"]:
+@dataclass(frozen=True)
+class Tile:
+    """Columns that are scored together: texts against the local images, images against the local texts."""
+
+    at: slice
+    columns: Float[Tensor, "2 c D"]
+    positive: Bool[Tensor, "b c"]
+    ignored: Bool[Tensor, "b c"]
+    """Pairs that are in no softmax."""
+
+    def scores(self, rows: Float[Tensor, "2 b D"]) -> Float[Tensor, "2 b c"]:
+        return rows @ self.columns.mT
+
+
+Tiles = Callable[[], Iterable[Tile]]
+
+
+def scaled_rows(local: Pairs, scale: Float[Tensor, ""]) -> Float[Tensor, "2 b D"]:
+    return torch.stack([local.image, local.text]).mul_(scale)
+
+
+def log_sum_exps(rows: Float[Tensor, "2 b D"], tiles: Tiles, with_positives: bool = True) -> Float[Tensor, "2 b"]:
     """log sum_j exp(scale <row, column_j>) over the columns that count for the row; -inf where none does."""
-    total = rows.new_full((len(rows),), -torch.inf)
-    for tile, positive, counted in _tiles(local, everyone, mask):
-        summed = counted if with_positives else counted & ~positive
-        scores = (scale * rows @ columns[tile].T).masked_fill_(~summed, -torch.inf)
-        total = torch.logaddexp(total, scores.logsumexp(dim=1))
+    total = rows.new_full(rows.shape[:2], -torch.inf)
+    for tile in tiles():
+        ignored = tile.ignored if with_positives else tile.ignored | tile.positive
+        total = torch.logaddexp(total, tile.scores(rows).masked_fill_(ignored, -torch.inf).logsumexp(dim=2))
     return total
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Sums over the local rows of one side; `rows` is the gradient in them, of both directions, over the scale."""
+class _Sums:
+    """Sums over the local rows; `rows` is the gradient in them, of both directions, over the scale."""
 
     loss: Float[Tensor, ""]
-    rows: Float[Tensor, "b D"]
+    rows: Float[Tensor, "2 b D"]
     log_scale: Float[Tensor, ""]
     bias: Float[Tensor, ""]
 
@@ -169,54 +180,45 @@ class _Targets:
     columns: Float[Tensor, " B"] | None = None
 
 
-def _softmax_part(
-    rows: Float[Tensor, "b D"],
-    columns: Float[Tensor, "B D"],
-    local: Pairs,
-    everyone: Pairs,
-    scale: Float[Tensor, ""],
-    row_lse: Float[Tensor, " b"],
-    column_lse: Float[Tensor, " B"],
+def _softmax_sums(
+    rows: Float[Tensor, "2 b D"],
+    tiles: Tiles,
+    row_lse: Float[Tensor, "2 b"],
+    column_lse: Float[Tensor, "2 B"],
     targets: _Targets,
-    mask: bool,
-) -> _Part:
+) -> _Sums:
     gradient, loss, log_scale = torch.zeros_like(rows), rows.new_zeros(()), rows.new_zeros(())
-    for tile, positive, counted in _tiles(local, everyone, mask):
-        scores = scale * rows @ columns[tile].T
-        row_target = column_target = positive * targets.positive[:, None]
+    for tile in tiles():
+        scores = tile.scores(rows)
+        row_target = column_target = tile.positive * targets.positive[:, None]
         if targets.rows is not None and targets.columns is not None:
-            row_target = row_target + counted * targets.rows[:, None]
-            column_target = column_target + counted * targets.columns[tile]
-        log_p = scores - row_lse[:, None]
-        loss = loss - (log_p.masked_fill(~counted, 0) * row_target).sum()
-        row_error = log_p.exp_().masked_fill_(~counted, 0).sub_(row_target)
+            row_target = row_target + ~tile.ignored * targets.rows[:, None]
+            column_target = column_target + ~tile.ignored * targets.columns[tile.at]
+        log_p = scores - row_lse[:, :, None]
+        loss = loss - (log_p.masked_fill(tile.ignored, 0) * row_target).sum()
+        row_error = log_p.exp_().masked_fill_(tile.ignored, 0).sub_(row_target)
         log_scale = log_scale + (row_error * scores).sum()
-        column_error = (scores - column_lse[tile]).exp_().masked_fill_(~counted, 0).sub_(column_target)
-        gradient += row_error.add_(column_error) @ columns[tile]
-    return _Part(loss, gradient, log_scale, torch.zeros_like(loss))
+        column_error = (
+            scores.sub_(column_lse[:, None, tile.at]).exp_().masked_fill_(tile.ignored, 0).sub_(column_target)
+        )
+        gradient.baddbmm_(row_error.add_(column_error), tile.columns)
+    return _Sums(loss, gradient, log_scale, torch.zeros_like(loss))
 
 
-def _sigmoid_part(
-    rows: Float[Tensor, "b D"],
-    columns: Float[Tensor, "B D"],
-    local: Pairs,
-    everyone: Pairs,
-    scale: Float[Tensor, ""],
-    bias: Float[Tensor, ""],
-    mask: bool,
-) -> _Part:
+def _sigmoid_sums(rows: Float[Tensor, "2 b D"], tiles: Tiles, bias: Float[Tensor, ""]) -> _Sums:
+    """Of the images' rows but for the gradient: the texts' have the same terms, shared out over ranks by text."""
     gradient, loss = torch.zeros_like(rows), rows.new_zeros(())
     log_scale, bias_sum = torch.zeros_like(loss), torch.zeros_like(loss)
-    for tile, positive, counted in _tiles(local, everyone, mask):
-        scores = scale * rows @ columns[tile].T
-        sign = positive.to(rows.dtype).mul_(2).sub_(1)
+    for tile in tiles():
+        scores = tile.scores(rows)
+        sign = tile.positive.to(rows.dtype).mul_(2).sub_(1)
         margin = (scores + bias).mul_(sign)
-        loss = loss - F.logsigmoid(margin).masked_fill_(~counted, 0).sum()
-        error = margin.neg_().sigmoid_().mul_(sign).neg_().masked_fill_(~counted, 0)
-        log_scale = log_scale + (error * scores).sum()
-        bias_sum = bias_sum + error.sum()
-        gradient += error @ columns[tile]
-    return _Part(loss, gradient, log_scale, bias_sum)
+        loss = loss - F.logsigmoid(margin[0]).masked_fill_(tile.ignored, 0).sum()
+        error = margin.neg_().sigmoid_().mul_(sign).neg_().masked_fill_(tile.ignored, 0)
+        log_scale = log_scale + (error[0] * scores[0]).sum()
+        bias_sum = bias_sum + error[0].sum()
+        gradient.baddbmm_(error, tile.columns)
+    return _Sums(loss, gradient, log_scale, bias_sum)
 
 
 def num_positives(some: Pairs, everyone: Pairs) -> Float[Tensor, " n"]:
@@ -239,35 +241,36 @@ def bias_of_softmax(pairs: Pairs, scale: Float[Tensor, ""]) -> Float[Tensor, ""]
     Over the j that are no positives of i; the mean over i and both directions. Where all cosines are 0 it is the log
     odds of one right pair among so many.
     """
-    sides = ((pairs.image, pairs.text), (pairs.text, pairs.image))
-    sums = [
-        log_sum_exps(rows, columns, pairs, pairs, scale, mask=False, with_positives=False) for rows, columns in sides
-    ]
-    every = torch.cat(sums)
-    return -every[every.isfinite()].mean()
+    sums = log_sum_exps(scaled_rows(pairs, scale), tiled(pairs, pairs, mask=False), with_positives=False)
+    return -sums[sums.isfinite()].mean()
 
 
 def finite_rows(local: Pairs) -> Bool[Tensor, " b"]:
-    return local.image.isfinite().all(dim=1) & local.text.isfinite().all(dim=1)
+    return (local.image + local.text).sum(dim=1).isfinite()  # parts of unit vectors: finite ones have a finite sum
 
 
-def _tiles(
-    local: Pairs, everyone: Pairs, mask: bool
-) -> Iterator[tuple[slice, Bool[Tensor, "b c"], Bool[Tensor, "b c"]]]:
-    """Slices of columns whose scores against the local rows fit in a tile; which pairs are positive, which count."""
+def tiled(local: Pairs, everyone: Pairs, mask: bool) -> Tiles:
+    """The columns in tiles whose scores against the local rows have room; each pass over several makes them anew."""
+    width = max(64, TILE_ELEMENTS // max(2 * len(local.ids), 1))
+    each = partial(_each_tile, local, everyone, mask, width)
+    if len(everyone.ids) > width:
+        return each
+    only = list(each())
+    return lambda: only
+
+
+def _each_tile(local: Pairs, everyone: Pairs, mask: bool, width: int) -> Iterator[Tile]:
     num_rows, num_columns = len(local.ids), len(everyone.ids)
-    width = max(64, TILE_ELEMENTS // max(num_rows, 1))
-    row = torch.arange(local.start, local.start + num_rows, device=local.ids.device)
-    column = torch.arange(num_columns, device=local.ids.device)
     for start in range(0, num_columns, width):
-        tile = slice(start, min(start + width, num_columns))
-        counted = local.valid[:, None] & everyone.valid[tile]
-        positive = (local.ids[:, None] == everyone.ids[tile]) & counted
+        at = slice(start, min(start + width, num_columns))
+        counted = local.valid[:, None] & everyone.valid[at]
+        positive = (local.ids[:, None] == everyone.ids[at]) & counted
         if mask:
-            itself = row[:, None] == column[tile]
+            row = torch.arange(local.start, local.start + num_rows, device=local.ids.device)
+            itself = row[:, None] == torch.arange(at.start, at.stop, device=row.device)
             counted &= ~positive | itself
             positive &= itself
-        yield tile, positive, counted
+        yield Tile(at, torch.stack([everyone.text[at], everyone.image[at]]), positive, ~counted)
 
 
 def chance_loss(name: str, batch_size: int) -> float:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipft.config import LossConfig, OptimConfig
 from clipft.data.loader import Batch
 from clipft.learn.average import Average
-from clipft.learn.losses import LocalGradients, Loss
+from clipft.learn.losses import Loss
 from clipft.learn.optimizer import (
     build_optimizer,
     gradient_norm,
@@ -58,7 +58,12 @@ class StepRecord:
 
     step: int
     lr: float
-    gradients: LocalGradients
+    loss: Tensor
+    """This rank's part."""
+    shared: Tensor
+    """Rows of this rank that have more than one positive."""
+    finite: Tensor
+    """Rows of this rank whose features were finite."""
     scale: Tensor
     norm: Tensor
     skipped: Tensor
@@ -144,16 +149,17 @@ class ContrastiveModule(pl.LightningModule):
         if self.average is not None:
             self.average.update(skipped)
         self.step += 1
-        self.record = StepRecord(self.step, lr, gradients, self.logit_scale.detach().exp(), norm, skipped)
+        left = gradients.loss, gradients.shared, gradients.finite
+        self.record = StepRecord(self.step, lr, *left, self.logit_scale.detach().exp(), norm, skipped)
 
     def _step(self, optimizer: LightningOptimizer, skipped: Tensor) -> None:
         """A step of the optimizer, which leaves weights and its own state alone where `skipped` says so.
 
         With a scaler (fp16) Lightning finds the same by the scaler's own look at the gradients.
         """
-        if skips_by_itself(optimizer.optimizer):
+        if skipped.device.type != "cpu" and skips_by_itself(optimizer.optimizer):
             optimizer.optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
-        elif self._scaler() is None and bool(skipped):  # the others decide on the host, which waits for the device
+        elif self._scaler() is None and bool(skipped):  # decided on the host, which waits for the device
             return
         optimizer.step()
 

@@ -19,7 +19,7 @@ class Skips:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        mine = [key for key, fine in zip(keys, record.gradients.finite.tolist(), strict=True) if not fine]
+        mine = [key for key, fine in zip(keys, record.finite.tolist(), strict=True) if not fine]
         guilty = [key for each in all_objects(mine) for key in each]
         shown = ", ".join(guilty[:SHOWN_KEYS]) + (
             f" and {len(guilty) - SHOWN_KEYS} more" if guilty[SHOWN_KEYS:] else ""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def contrastive_backward(
 
     once = len(micros) == 1
     features = [[encode(side, k, graph=once) for k in range(len(micros))] for side in (0, 1)]
-    image, text = (torch.cat([part.detach() for part in parts]) for parts in features)
+    image, text = (parts[0].detach() if once else torch.cat(parts).detach() for parts in features)
     local, counts = local_pairs(image, text, batch, batch_size)
     scale = logit_scale.detach().float().exp().squeeze()
     bias = torch.zeros_like(scale) if logit_bias is None else logit_bias.detach().float().squeeze()
@@ -78,18 +79,32 @@ def contrastive_backward(
     for k, micro in enumerate(micros):
         stop, last = start + len(micro), k == len(micros) - 1
         with nullcontext() if last else no_sync():
-            terms = []
+            given: list[tuple[Tensor, Tensor]] = []
             for side, gradient in enumerate((gradients.image, gradients.text)):
                 if sides[side].trained:
                     part = features[side][k] if once else encode(side, k, graph=True)
-                    terms.append((part * gradient[start:stop]).sum())
+                    given.append((part, gradient[start:stop]))
             if last:  # these partials enter once; they stay in this graph because DDP waits for them
                 leaves = ((logit_scale, gradients.log_scale), (logit_bias, gradients.bias))
-                terms += [(leaf * part).sum() for leaf, part in leaves if leaf is not None]
-            if terms:  # DDP averages over ranks, the partials are to be summed
-                backward(sum(terms[1:], start=terms[0]) * world())
+                given += [(leaf, part.expand_as(leaf)) for leaf, part in leaves if leaf is not None]
+            if given:  # DDP averages over ranks, the partials are to be summed
+                tensors, parts = zip(*given, strict=True)
+                backward(_Joined.apply([part * world() for part in parts], *tensors))
         start = stop
     return gradients
+
+
+class _Joined(torch.autograd.Function):
+    """A scalar whose gradient in each of the tensors is the one that is given for it."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient * upstream for gradient in ctx.gradients)
 
 
 def local_pairs(
@@ -109,6 +124,9 @@ def gather_pairs(
     Without, every pair's id is its place in the global batch. With a dtype the features of all are rounded to it, the
     local ones too and on a single rank too, so that all ranks see the same and their number does not matter.
     """
+    if len(counts) == 1 and dtype is None:
+        alone = local if with_ids else replace(local, ids=torch.arange(len(local.ids), device=local.ids.device))
+        return alone, alone
     width, wide = local.image.shape[1], local.image.dtype
     rows = torch.cat([local.image, local.text, local.valid[:, None].to(wide)], dim=1).to(dtype or wide)
     if dtype is not None:
@@ -127,7 +145,7 @@ def seed_draws(seed: tuple[int, ...]) -> None:
 
     For a GPU that is not in use it writes down where it was called, which takes longer than a small model's loss.
     """
-    number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    number = int.from_bytes(blake2b(repr(seed).encode(), digest_size=7).digest())
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(number)

@@ -8,7 +8,7 @@ import torch
 from clipft.config import Every
 from clipft.learn.after_step import select_value
 from clipft.learn.journal import Journal, clock
-from clipft.learn.losses import LocalGradients, chance_loss
+from clipft.learn.losses import chance_loss
 from clipft.learn.metrics_file import MetricsFile, read_rows
 from clipft.learn.module import StepRecord
 from clipft.learn.skips import Skips
@@ -18,16 +18,7 @@ from clipft.report import RunFailed
 
 def record(step: int, finite: list[bool] | None = None) -> StepRecord:
     zero, rows = torch.zeros(()), torch.tensor(finite or [True])
-    gradients = LocalGradients(
-        loss=zero,
-        image=torch.zeros(len(rows), 1),
-        text=torch.zeros(len(rows), 1),
-        log_scale=zero,
-        bias=zero,
-        shared=zero,
-        finite=rows,
-    )
-    return StepRecord(step, 1e-5, gradients, zero + 14, zero + 2, zero > 0)
+    return StepRecord(step, 1e-5, loss=zero, shared=zero, finite=rows, scale=zero + 14, norm=zero + 2, skipped=zero > 0)
 
 
 def journal(path: Path) -> Journal:
