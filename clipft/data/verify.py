@@ -118,7 +118,7 @@ def compared(looked: Looked, listed: Listed | None) -> Looked:
 
 def look_at_all(paths: list[str], rules: Rules, workers: int | None) -> dict[str, Looked]:
     """What each shard holds, read by several processes (0: by this one), with progress on stderr."""
-    workers = num_workers("data.workers", workers)
+    workers = num_workers(workers)
     progress = Progress("reading", "shards", len(paths))
     found = map_items(partial(look_at, rules=rules), paths, workers, progress, "data.workers")
     return dict(zip(paths, found, strict=True))

@@ -79,7 +79,7 @@ def look_at_all(
     chunks = [contents.items[start : start + CHUNK] for start in range(0, len(contents.items), CHUNK)]
     sizes = [len(chunk) for chunk in chunks]
     progress = Progress("looking at", "images", sum(sizes))
-    workers = num_workers("data.workers", workers)
+    workers = num_workers(workers)
     parts = map_items(partial(look_at, rules=rules), chunks, workers, progress, "data.workers", sizes)
     looks = [part.looks for part in parts]
     return Seen(
