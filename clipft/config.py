@@ -493,10 +493,16 @@ class SearchConfig:
             raise ValueError(f"hydra.sweeper.seed={self.seed} must be 0 or more.")
 
 
+def not_empty(**paths: str | None) -> None:
+    """Raise for the first path that is given and blank, which would be the working directory."""
+    for key, path in paths.items():
+        if path is not None and not path.strip():
+            raise ValueError(f"{key}={path!r} is empty. Give a path.")
+
+
 def check_source(source: str | None, format: str | None) -> None:
     """Raise where no source can be read, whatever there is: for an empty name or a format that does not exist."""
-    if source is not None and not source.strip():
-        raise ValueError(f"source={source!r} is empty. Give a path.")
+    not_empty(source=source)
     if format is not None:
         one_of("format", format, SOURCE_FORMATS)
 
@@ -649,8 +655,7 @@ class PackConfig:
     def __post_init__(self):
         positive(shard_samples=self.shard_samples)
         check_source(self.source, self.format)
-        if not self.out.strip():
-            raise ValueError(f"out={self.out!r} is empty. Give a path.")
+        not_empty(out=self.out)
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers={self.workers} must be 0 (this process alone) or more.")
         if isinstance(self.templates, str):
@@ -701,6 +706,7 @@ class CheckConfig:
     def __post_init__(self):
         refuse_training_options(self.model)
         check_source(self.source, self.format)
+        not_empty(out=self.out)
         data = {name: getattr(self.data, name) for name in ("path", "train", "val", "test", "val_frac")}
         given = [name for name, value in data.items() if value]
         if self.source is not None and given:

@@ -417,6 +417,7 @@ def test_the_command_takes_models_and_batch_sizes_and_writes_where_it_is_told(tm
         (["data=birds", "model=ViT-B-33"], "model.name='ViT-B-33'"),
         (["data=birds", "model=w.safetensors"], "weight file without a description"),
         (["data=birds", "out=file"], "out='file' cannot be written to"),
+        (["data=birds", "out="], "out='' is empty. Give a path."),
         (["data=birds", "loss.name=clip"], "loss.name is no option"),
     ],
 )
