@@ -493,6 +493,20 @@ class SearchConfig:
             raise ValueError(f"hydra.sweeper.seed={self.seed} must be 0 or more.")
 
 
+def not_empty(**paths: str | None) -> None:
+    """Raise for the first path that is given and blank, which would be the working directory."""
+    for key, path in paths.items():
+        if path is not None and not path.strip():
+            raise ValueError(f"{key}={path!r} is empty. Give a path.")
+
+
+def check_source(source: str | None, format: str | None) -> None:
+    """Raise where no source can be read, whatever there is: for an empty name or a format that does not exist."""
+    not_empty(source=source)
+    if format is not None:
+        one_of("format", format, SOURCE_FORMATS)
+
+
 def refuse_training_options(model: ModelConfig) -> None:
     """Raise for an option of the model that only training sees."""
     for key in ("patch_dropout", "grad_checkpointing"):
@@ -640,11 +654,10 @@ class PackConfig:
 
     def __post_init__(self):
         positive(shard_samples=self.shard_samples)
-        for key, path in (("source", self.source), ("out", self.out)):
-            if not path.strip():
-                raise ValueError(f"{key}={path!r} is empty. Give a path.")
-        if self.format is not None:
-            one_of("format", self.format, SOURCE_FORMATS)
+        check_source(self.source, self.format)
+        not_empty(out=self.out)
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers={self.workers} must be 0 (this process alone) or more.")
         if isinstance(self.templates, str):
             one_of("templates", self.templates, ("openai", "simple"))
             return
@@ -692,6 +705,8 @@ class CheckConfig:
 
     def __post_init__(self):
         refuse_training_options(self.model)
+        check_source(self.source, self.format)
+        not_empty(out=self.out)
         data = {name: getattr(self.data, name) for name in ("path", "train", "val", "test", "val_frac")}
         given = [name for name, value in data.items() if value]
         if self.source is not None and given:
@@ -707,7 +722,5 @@ class CheckConfig:
         ignored = [name for name, value in options.items() if value is not None]
         if self.source is None and ignored:
             raise ValueError(f"{ignored[0]}={options[ignored[0]]!r} would be ignored: it belongs to source=.")
-        if self.format is not None:
-            one_of("format", self.format, SOURCE_FORMATS)
         if not self.batch_sizes or min(self.batch_sizes) < 2:
             raise ValueError(f"batch_sizes={list(self.batch_sizes)} must be whole numbers from 2 on.")

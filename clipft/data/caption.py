@@ -93,6 +93,14 @@ def question_of(members: dict[str, bytes], labelled: bool, text_errors: str) -> 
         return label, []
 
 
+def checked_question(members: dict[str, bytes], num_classes: int, text_errors: str) -> tuple[int, list[str]]:
+    """question_of a sample in a set of so many classes, 0 where labels are not read; BadSample for a label beyond."""
+    label, captions = question_of(members, num_classes > 0, text_errors)
+    if label >= num_classes > 0:
+        raise BadSample("label_without_class")
+    return label, captions
+
+
 def read_label(raw: bytes) -> int:
     try:
         return max(int(raw), -1)

@@ -26,7 +26,7 @@ def index(config: DataConfig) -> Indexed:
     found = find_shards(config)
     paths = list(dict.fromkeys(path for part in found.shards.values() for path in part))
     local = [path for path in paths if path not in found.remote.shards]
-    workers = num_workers("data.workers", config.workers)
+    workers = num_workers(config.workers)
     map_items(load_index, local, workers, Progress("indexing", "shards", len(local)), "data.workers")
     read = learn(found.remote, config.workers, again=True)
     splits = {split: index_shards(part, found.remote) for split, part in found.shards.items() if part}

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipft.data.caption import question_of
+from clipft.data.caption import checked_question
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples, index_places, join, read_index, shown_key
 from clipft.data.manifest import sha256_of
@@ -94,9 +94,7 @@ def look_at_sample(samples: Samples, i: int, rules: Rules) -> dict[str, int]:
     if not rules.decode:
         return {"fine": 1}
     members = samples.read(i, IMAGE_KINDS + TEXT_KINDS)
-    label, captions = question_of(members, rules.num_classes > 0, rules.text_errors)
-    if label >= rules.num_classes > 0:
-        raise BadSample("label_without_class")
+    label, captions = checked_question(members, rules.num_classes, rules.text_errors)
     decode_rgb(image_of(members), rules.max_pixels)
     return {"fine": 1, "captioned": int(bool(captions)), "labelled": int(label >= 0)}
 

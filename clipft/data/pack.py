@@ -58,7 +58,7 @@ def pack(config: PackConfig) -> Report:
     at any time, it goes on with what is not finished when it is run again.
     """
     refuse_foreign(config.out, config.source)
-    workers, templates = num_workers("workers", config.workers), templates_of(config.templates)
+    workers, templates = num_workers(config.workers), templates_of(config.templates)
     source = open_source(Ask(config.source, config.format, config.root, config.columns, config.csv))
     print("\n".join([source.said, *source.notes, *said_of_existing(config.out)]), flush=True)
     rows = read_rows(source)

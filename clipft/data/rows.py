@@ -15,11 +15,11 @@ import PIL
 
 from clipft.data.building import Building
 from clipft.data.fingerprint import REASONS, SEEN, look_at_images
+from clipft.data.names import natural
 from clipft.data.progress import Progress
 from clipft.data.sample import printable
 from clipft.data.sources.place import Place, stamp_of, stem_of
 from clipft.data.sources.row import Bad, Row, Source, Where
-from clipft.data.split import natural
 from clipft.data.workers import map_items
 from clipft.files import replace_file
 

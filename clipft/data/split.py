@@ -4,7 +4,7 @@ import difflib
 import glob
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -353,11 +353,7 @@ def losses(split: str, samples: Samples) -> list[str]:
         f"{split}: {counted(count, 'sample')} left out ({reason}, such as {samples.examples[reason]})"
         for reason, count in samples.dropped.items()
     ]
-    notes += [
-        f"{split}: {counted(count, 'member')} without a sample ({reason})"
-        for reason, count in samples.ignored.items()
-        if reason not in NORMAL
-    ]
+    notes += [f"{split}: {what}" for what in stray(samples.ignored)]
     notes += doubtful(split, samples.doubts.values(), len(samples.shards))
     filled = np.bincount(samples.rows[:, 0], minlength=len(samples.shards)) > 0
     if not filled.all():
@@ -366,6 +362,15 @@ def losses(split: str, samples: Samples) -> list[str]:
             f"{split}: {np.sum(~filled)} of {counted(len(filled), 'shard')} without any sample, such as {first}"
         )
     return notes
+
+
+def stray(ignored: Mapping[str, int]) -> list[str]:
+    """What to say of members that belong to no sample, counted by reason."""
+    return [
+        f"{counted(count, 'member')} without a sample ({reason})"
+        for reason, count in ignored.items()
+        if reason not in NORMAL
+    ]
 
 
 def doubtful(split: str, doubts: Iterable[str], num_shards: int) -> list[str]:

@@ -16,7 +16,6 @@ from clipft.data.remote.addresses import shown
 from clipft.data.sample import printable
 from clipft.data.split import (
     CLASSNAMES,
-    NORMAL,
     Found,
     check_files,
     counted,
@@ -24,6 +23,7 @@ from clipft.data.split import (
     find_shards,
     nothing_of,
     read_lines,
+    stray,
     too_many_bad,
 )
 from clipft.data.workers import map_items, num_workers
@@ -118,7 +118,7 @@ def compared(looked: Looked, listed: Listed | None) -> Looked:
 
 def look_at_all(paths: list[str], rules: Rules, workers: int | None) -> dict[str, Looked]:
     """What each shard holds, read by several processes (0: by this one), with progress on stderr."""
-    workers = num_workers("data.workers", workers)
+    workers = num_workers(workers)
     progress = Progress("reading", "shards", len(paths))
     found = map_items(partial(look_at, rules=rules), paths, workers, progress, "data.workers")
     return dict(zip(paths, found, strict=True))
@@ -174,11 +174,11 @@ def losses(split: str, shards: list[Looked]) -> list[str]:
     examples: dict[str, str] = {}
     for each in shards:
         dropped.update(each.dropped)
-        ignored.update({reason: count for reason, count in each.ignored.items() if reason not in NORMAL})
+        ignored.update(each.ignored)
         for lost in each.lost:
             examples.setdefault(lost.reason, printable(f"{lost.key} (byte {lost.byte} of {each.path})"))
     lines = [f"{split}: {count:,} dropped, {reason}, such as {examples[reason]}" for reason, count in dropped.items()]
-    lines += [f"{split}: {counted(count, 'member')} without a sample ({reason})" for reason, count in ignored.items()]
+    lines += [f"{split}: {what}" for what in stray(ignored)]
     lines += doubtful(split, [doubt for each in shards for doubt in each.doubts], len(shards))
     empty = [each.path for each in shards if not each.indexed and not each.problems]
     return lines + (

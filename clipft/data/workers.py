@@ -10,18 +10,15 @@ from threading import Thread
 from typing import TypeVar
 
 from clipft.data.progress import Progress
-from clipft.report import RunFailed
+from clipft.report import RunFailed, job_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def num_workers(key: str, asked: int | None) -> int:
-    """How many processes an option asks for; null means one per core that this process may use."""
-    if asked is not None and asked < 0:
-        raise ValueError(f"{key}={asked} must be 0 (this process alone) or more.")
-    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return present if asked is None else asked
+def num_workers(asked: int | None) -> int:
+    """How many processes an option asks for; null means one per core that this job may count on."""
+    return job_cores() if asked is None else asked
 
 
 def map_items(

@@ -8,6 +8,7 @@ import pytest
 from clipft.data.caption import (
     caption_id,
     captions_of,
+    checked_question,
     group_id,
     group_of,
     hash_id,
@@ -112,6 +113,14 @@ def test_a_group_in_json_that_is_no_utf8_follows_the_same_rule():
     with pytest.raises(BadSample, match="bad_utf8"):
         group_of(members, "product")
     assert group_of(members, "product", "replace") == "\ufffdl"
+
+
+def test_a_label_needs_a_class_where_the_set_has_classes():
+    members = {"cls": b"2", "txt": b"a dog"}
+    assert checked_question(members, 3, "strict") == (2, ["a dog"])
+    assert checked_question(members, 0, "strict") == (-1, ["a dog"])
+    with pytest.raises(BadSample, match="label_without_class"):
+        checked_question(members, 2, "strict")
 
 
 def test_captions_that_differ_in_case_and_space_are_equal_and_others_are_not():

@@ -406,6 +406,7 @@ def test_the_command_takes_models_and_batch_sizes_and_writes_where_it_is_told(tm
         (["data=bords"], "neither conf/data/bords.yaml nor a packed folder"),
         (["data=birds", "source=x.csv"], "are two sets of data"),
         (["source=x.csv"], "source='x.csv' does not exist"),
+        (["source="], "source='' is empty. Give a path."),
         (["source=x.csv", "format=xls"], "format='xls' is unknown"),
         (["source=x.csv", "data.text_errors=replace"], "data.text_errors=replace would be ignored"),
         (["data=birds", "root=x"], "root='x' would be ignored"),
@@ -416,6 +417,7 @@ def test_the_command_takes_models_and_batch_sizes_and_writes_where_it_is_told(tm
         (["data=birds", "model=ViT-B-33"], "model.name='ViT-B-33'"),
         (["data=birds", "model=w.safetensors"], "weight file without a description"),
         (["data=birds", "out=file"], "out='file' cannot be written to"),
+        (["data=birds", "out="], "out='' is empty. Give a path."),
         (["data=birds", "loss.name=clip"], "loss.name is no option"),
     ],
 )

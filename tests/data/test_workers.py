@@ -4,9 +4,11 @@ import time
 
 import pytest
 
+from clipft.config import DataConfig, PackConfig
 from clipft.data import progress
 from clipft.data.progress import Progress
 from clipft.data.workers import map_items, num_workers
+from clipft.report import CORES
 
 
 @pytest.mark.process
@@ -24,10 +26,16 @@ def test_an_error_ends_the_work_without_the_items_that_wait():
     assert time.monotonic() - began < 30  # all of it would take 50 s
 
 
-def test_the_number_of_processes_is_checked():
-    assert num_workers("workers", 3) == 3 and num_workers("workers", None) >= 1
-    with pytest.raises(ValueError, match="workers=-1 must be 0"):
-        num_workers("workers", -1)
+def test_there_are_as_many_processes_as_asked_for_or_as_the_job_has_cores(monkeypatch):
+    monkeypatch.setenv(CORES, "3")
+    assert (num_workers(None), num_workers(2), num_workers(0)) == (3, 2, 0)
+
+
+def test_a_negative_number_of_processes_is_refused():
+    with pytest.raises(ValueError, match=r"^workers=-1 must be 0"):
+        PackConfig(source="x", out="y", workers=-1)
+    with pytest.raises(ValueError, match=r"^data\.workers=-1 must be 0"):
+        DataConfig(workers=-1)
 
 
 def test_progress_has_a_line_when_it_is_time_with_what_is_left(capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """Figures -> what they mean for a run, in sentences with the setting to change."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from clipft.config import DataConfig, TrainConfig
 from clipft.data.caption import MOST_CHARS
@@ -30,7 +30,7 @@ class Case:
     figures: Figures
     reader: Reader
     data: DataConfig
-    trouble: list[str] = field(default_factory=list)
+    trouble: list[str]
     """Why the set cannot be used."""
 
 

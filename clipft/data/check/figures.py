@@ -133,8 +133,8 @@ def figures_of(
 
 def split_figures(rows: Rows, split: str, tars: list[Tar]) -> SplitFigures:
     here = rows.of(split)
-    good = np.flatnonzero(here & rows.usable)
-    captions = np.isin(rows.owner, good)
+    usable = here & rows.usable
+    good, captions = np.flatnonzero(usable), usable[rows.owner]
     distinct = len(np.unique(rows.same[good]))
     return SplitFigures(
         tars=sum(tar.split == split for tar in tars),
@@ -205,7 +205,7 @@ def scripts_of(rows: Rows, context_length: int) -> dict[str, Script]:
 
 def most_repeated(rows: Rows, split: str) -> list[tuple[str, int]]:
     texts = [caption for captions in rows.seen.captions for caption in captions]
-    here = np.flatnonzero(np.isin(rows.owner, np.flatnonzero(in_split(rows, split))))
+    here = np.flatnonzero(in_split(rows, split)[rows.owner])
     ids, first, number = np.unique(rows.caption[here], return_index=True, return_counts=True)
     order = np.lexsort((ids, -number))[:TOP]
     return [(texts[here[first[n]]], int(number[n])) for n in order if number[n] > 1]
@@ -217,7 +217,7 @@ def in_split(rows: Rows, split: str) -> Bool[np.ndarray, " rows"]:
 
 def false_negatives(rows: Rows, split: str, captions: str, batch_sizes: list[int]) -> FalseNegatives:
     """Pairs of the split that belong together; images without captions are in no batch."""
-    mine = np.isin(rows.owner, np.flatnonzero(in_split(rows, split)))
+    mine = in_split(rows, split)[rows.owner]
     owner = rows.owner[mine]
     units = owner if captions == "all" else np.unique(owner)
     looks = looks_within(rows, split) if split in rows.splits else rows.alike
@@ -242,8 +242,8 @@ def shared_by(rows: Rows) -> tuple[dict[str, Shared], dict[str, list[tuple[int, 
     for n, second in enumerate(rows.splits):
         for first in rows.splits[:n]:
             equal, alike = leaks(rows, first, second)
-            known = rows.caption[np.isin(rows.owner, np.flatnonzero(rows.of(first)))]
-            ours = rows.caption[np.isin(rows.owner, np.flatnonzero(rows.of(second)))]
+            known = rows.caption[rows.of(first)[rows.owner]]
+            ours = rows.caption[rows.of(second)[rows.owner]]
             pairs = [*equal.items(), *alike.items()]
             example = (rows.items[pairs[0][1]].key, rows.items[pairs[0][0]].key) if pairs else None
             found = Shared(len(equal), len(alike), int(np.isin(ours, known).sum()), example)

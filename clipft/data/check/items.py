@@ -15,7 +15,7 @@ from clipft.data.shard import ShardIndex, scan_shard
 from clipft.data.sources.place import Place, Slice
 from clipft.data.sources.recognise import open_source
 from clipft.data.sources.row import Ask, text_members
-from clipft.data.split import CLASSNAMES, NORMAL, VAL_FRAC, counted, held_out, read_lines
+from clipft.data.split import CLASSNAMES, VAL_FRAC, counted, held_out, read_lines, stray
 from clipft.data.verify import shards_of
 
 HELD_OUT = "val"
@@ -101,11 +101,7 @@ def items_of_data(config: DataConfig) -> Contents:
                 items += items_of_tar(split, path, index)
                 ignored.update(index.ignored)
                 doubts += [f"{path} may be cut: {what} (byte {at})" for at, what in index.doubts if path not in listed]
-    notes = [
-        f"{counted(number, 'member')} without a sample ({reason})"
-        for reason, number in ignored.items()
-        if reason not in NORMAL
-    ]
+    notes = stray(ignored)
     holds_out = hold_out_items(config, items)
     if holds_out:
         notes.append("there is no val split: the share of train that training would hold out is shown as val")

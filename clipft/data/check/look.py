@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from clipft.data.caption import question_of
+from clipft.data.caption import checked_question
 from clipft.data.check.items import Contents, Item
 from clipft.data.decode import decode_rgb, open_image
 from clipft.data.fingerprint import image_digest, put_looks, refuse_path
@@ -79,7 +79,7 @@ def look_at_all(
     chunks = [contents.items[start : start + CHUNK] for start in range(0, len(contents.items), CHUNK)]
     sizes = [len(chunk) for chunk in chunks]
     progress = Progress("looking at", "images", sum(sizes))
-    workers = num_workers("data.workers", workers)
+    workers = num_workers(workers)
     parts = map_items(partial(look_at, rules=rules), chunks, workers, progress, "data.workers", sizes)
     looks = [part.looks for part in parts]
     return Seen(
@@ -115,10 +115,7 @@ def look_at(items: Sequence[Item], rules: Rules) -> Seen:
 def texts_of(item: Item, rules: Rules) -> tuple[int, list[str]]:
     """Label and captions, at least one of them."""
     members = {kind: read_place(place) for kind, place in item.texts.items()}
-    label, captions = question_of(members, rules.num_classes > 0, rules.text_errors)
-    if label >= rules.num_classes > 0:
-        raise BadSample("label_without_class")
-    return label, captions
+    return checked_question(members, rules.num_classes, rules.text_errors)
 
 
 def image_of_item(item: Item, rules: Rules) -> bytes:

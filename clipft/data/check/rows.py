@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from clipft.data.alike import Pairs, components, near_images, same_value
+from clipft.data.alike import Pairs, components, near_images
 from clipft.data.caption import MOST_CHARS, caption_id, hash_id
 from clipft.data.check.items import Item
 from clipft.data.check.look import Seen
@@ -90,7 +90,8 @@ def same_images(looks: np.ndarray, usable: Bool[np.ndarray, " rows"]) -> Int64[n
     """For each row the first usable one with the same bytes, for an unusable one itself."""
     found = np.flatnonzero(usable)
     label = np.arange(len(looks))
-    label[found] = found[components(len(found), same_value(looks["digest"][found]))]
+    _, first, place = np.unique(looks["digest"][found], return_index=True, return_inverse=True)
+    label[found] = found[first[place]]
     return label
 
 

@@ -34,10 +34,9 @@ class Report:
 
 def check(config: CheckConfig, reader: Reader) -> Report:
     """Looks at every sample, writes report.html and findings.parquet, and gives what the terminal shows."""
-    if config.out is not None:
-        out_folder(config.out)  # before a long source is read
+    out = None if config.out is None else out_folder(config.out)  # before a long source is read
     contents = contents_of(config)
-    out = out_folder(config.out or f"checks/{Path(contents.name).name}")
+    out = out or out_folder(f"checks/{Path(contents.name).name}")
     has_parquet = find_spec("pyarrow") is not None
     if not has_parquet:
         print(f"{FINDINGS} will not be written: {pip(PYARROW)}", flush=True)

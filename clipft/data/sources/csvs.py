@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from clipft.config import CsvConfig
-from clipft.data.sources.columns import CAPTIONS, IMAGE_NAME, IMAGES, URL, plain
+from clipft.data.sources.columns import CAPTIONS, IMAGE_NAME, IMAGES, looks_like_image, plain
 from clipft.data.sources.row import Ask, Bad, Raw, Source
 from clipft.data.sources.tables import Part, table_source
 
@@ -161,7 +161,7 @@ def find_dialect(ask: Ask, path: Path) -> Dialect:
 
 def with_header(path: Path, cut: Cut, encoding: str) -> Dialect:
     rows = cut.rows
-    has_header = not any(IMAGE_NAME.search(cell.strip()) or URL.match(cell.strip()) for cell in rows[0])
+    has_header = not any(looks_like_image(cell) for cell in rows[0])
     names = [cell.strip() for cell in rows[0]] if has_header else [str(n) for n in range(1, len(rows[0]) + 1)]
     numbered = not has_header and all("#" in row[0] and IMAGE_NAME.search(row[0]) for row in rows if row)
     twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
@@ -198,7 +198,4 @@ def parse(text: str, delimiter: str, quotes: bool) -> list[list[str]]:
 
 def known_cells(row: list[str]) -> int:
     """How much speaks for this being the header, or the first row: names that we know, names of images."""
-    return sum(
-        plain(cell) in IMAGES + CAPTIONS or bool(IMAGE_NAME.search(cell.strip()) or URL.match(cell.strip()))
-        for cell in row
-    )
+    return sum(plain(cell) in IMAGES + CAPTIONS or looks_like_image(cell) for cell in row)

@@ -5,12 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipft.data.sources.columns import IMAGES, only, plain
 from clipft.data.sources.extras import load_datasets
-from clipft.data.sources.parquets import has_path, holds_bytes, with_names, without_image
+from clipft.data.sources.parquets import has_path, holds_bytes, source_with_bytes, with_names
 from clipft.data.sources.place import Entry
 from clipft.data.sources.row import Ask, Raw, Source
-from clipft.data.sources.tables import Part, split_name, table_source
+from clipft.data.sources.tables import Part, split_name
 
 BATCH = 1000
 
@@ -19,15 +18,9 @@ def huggingface_source(ask: Ask, folder: Path) -> Source:
     datasets = load_datasets(str(folder.resolve()))
     features = next(iter(datasets.values())).features
     held = [name for name, feature in features.items() if holds_bytes(arrow_type(feature))]
-    column = ask.columns.image if ask.columns.image in held else None
-    if column is None and ask.columns.image is None:
-        column = only("image", [name for name in held if plain(name) in IMAGES] or held, ask.source)
-    others = [name for name in held if name != column]
     parts = [Part(folder / (split or "dataset"), split_name(split)) for split in datasets]
-    read = partial(read_split, folder=str(folder.resolve()), column=column, without=others)
-    kind = "Hugging Face dataset" + (f", images in column {column}" if column else "")
-    said = kind + (f", not {', '.join(others)}" if others else "")
-    return table_source(ask if column is None else without_image(ask), said, parts, read, "row")
+    read = partial(read_split, folder=str(folder.resolve()))
+    return source_with_bytes(ask, "Hugging Face dataset", held, parts, read)
 
 
 def arrow_type(feature: Any) -> Any:

@@ -1,7 +1,7 @@
 """Parquet files -> rows, without the bytes of images that lie in their cells: those are read when they are needed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,22 +23,25 @@ def parquet_source(ask: Ask, parts: list[Part]) -> Source:
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise ValueError(f"{parts[0].path} is no Parquet file ({error}).") from error
     held = [field.name for field in schema if holds_bytes(field.type)]
+    return source_with_bytes(ask, "Parquet", held, parts, read_parquet, known_as="parquet")
+
+
+def source_with_bytes(
+    ask: Ask, kind: str, held: list[str], parts: list[Part], read: Callable[..., Iterator[Raw]], known_as: str = ""
+) -> Source:
+    """The source of tables of which these columns hold bytes: one of them the images, the others are left out.
+
+    `read` is also told the `column` of the images, None where they are elsewhere, and the columns to go `without`.
+    """
     column = ask.columns.image if ask.columns.image in held else None
     if column is None and ask.columns.image is None:
         named = [name for name in held if plain(name) in (*IMAGES, "jpg", "jpeg", "png", "webp")]
         column = only("image", named or held, ask.source)
     others = [name for name in held if name != column]
-    read = partial(read_parquet, column=column, without=others)
-    asked = ask if column is None else without_image(ask)
-    kind = "Parquet" + (f", images in column {column}" if column else "")
-    return table_source(
-        asked, kind + (f", not {', '.join(others)}" if others else ""), parts, read, "row", known_as="parquet"
-    )
-
-
-def without_image(ask: Ask) -> Ask:
-    """The question without the image's column, which is then known not to hold paths."""
-    return replace(ask, columns=replace(ask.columns, image=None))
+    said = kind + (f", images in column {column}" if column else "") + (f", not {', '.join(others)}" if others else "")
+    if column is not None:
+        ask = replace(ask, columns=replace(ask.columns, image=None))  # which would be a column of paths
+    return table_source(ask, said, parts, partial(read, column=column, without=others), "row", known_as=known_as)
 
 
 def holds_bytes(kind: Any) -> bool:

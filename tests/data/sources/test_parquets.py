@@ -63,6 +63,20 @@ def test_two_columns_of_bytes_are_not_guessed_between_and_the_other_does_not_tra
     assert read_place(first.image) == ITEMS[5].raw and first.rest == "{}" and "not before" in source.said
 
 
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_of_two_columns_of_bytes_the_one_with_an_images_name_is_read_in_both_forms(tmp_path: Path, form: str):
+    raws = [item.raw for item in ITEMS]
+    columns = {"jpg": raws, "mask": raws[::-1], "text": ["x"] * 6}
+    if form == "parquet":
+        path = write(tmp_path / "t.parquet", columns)
+    else:
+        path = tmp_path / "saved"
+        datasets.Dataset.from_dict(columns).save_to_disk(str(path))
+    source = open_source(Ask(str(path)))
+    [first, *_] = [row for row in source.rows() if isinstance(row, Row)]
+    assert read_place(first.image) == ITEMS[0].raw and "images in column jpg, not mask" in source.said
+
+
 def test_dates_and_numbers_travel_as_text_and_numbers(tmp_path: Path):
     put_images(tmp_path, ITEMS)
     columns = {"image": ["0.jpg"], "text": ["x"], "when": [datetime.date(2020, 1, 2)], "size": [3], "big": [2**62]}
