@@ -15,7 +15,7 @@ from clipft.data.index import index_text, parse_index, refuse_damage
 from clipft.data.progress import Progress
 from clipft.data.remote.addresses import PIPE, name_of, shown
 from clipft.data.remote.body import Fault
-from clipft.data.remote.cache import Cache, DownloadFailed, Remote, RemoteShard
+from clipft.data.remote.cache import Cache, DownloadFailed, Remote, RemoteShard, settled
 from clipft.data.remote.fetch import NotFetched, Patience, fetch_small, open_body
 from clipft.data.shard import ShardIndex
 from clipft.data.workers import map_items
@@ -82,12 +82,6 @@ def known(shard: RemoteShard, patience: Patience, again: bool) -> RemoteShard | 
     found = settled(replace(shard, size=index.size, index=index))
     write_record(found, None)
     return found
-
-
-def settled(shard: RemoteShard) -> RemoteShard:
-    """The shard with the time in its index that its file in the cache bears."""
-    assert shard.index is not None
-    return replace(shard, index=replace(shard.index, mtime_ns=shard.mtime_ns))
 
 
 def is_sound(index: ShardIndex) -> bool:
