@@ -58,12 +58,7 @@ def learn(remote: Remote, workers: int | None = None, again: bool = False) -> li
 def at_once(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """The function's result for each item; it waits for a server most of the time."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return list(pool.map(function, items))
 
 
 def known(shard: RemoteShard, patience: Patience, again: bool) -> RemoteShard | None:
