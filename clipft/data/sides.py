@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipft.data.augment import Augment, apply_augment
-from clipft.data.caption import only_words, written_captions
+from clipft.data.caption import written_captions
 from clipft.data.decode import decode_rgb
 from clipft.data.loader import Steps, Tokenize, telling
 from clipft.data.order import rng_for
-from clipft.data.pairs import Units
-from clipft.data.sample import IMAGE_KINDS, BadSample, failing_at, image_of
+from clipft.data.pairs import Units, caption_at
+from clipft.data.sample import CAPTION_KINDS, IMAGE_KINDS, BadSample, failing_at, image_of
 from clipft.data.waiting import NOTHING, InFlight, Wait, WaitingLoader, in_order
 
 
@@ -80,9 +80,6 @@ def texts_of(pairs: Units, tokenize: Tokenize, text_errors: str) -> Side:
     def load(units: Units, u: int) -> str:
         i, number = units.at(u)
         assert number is not None
-        captions = written_captions(units.samples.read(i, ("json", "txt")), text_errors)
-        if number >= len(captions):
-            raise BadSample("no_caption")
-        return only_words(captions[number])
+        return caption_at(written_captions(units.samples.read(i, CAPTION_KINDS), text_errors), number)
 
     return Side(pairs, load, "", lambda captions: tokenize(captions).long())
