@@ -21,15 +21,19 @@ def rng_for(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-@lru_cache(maxsize=1)
-def permutation(seed: int, epoch: int, num_units: int) -> Int64[np.ndarray, " N"]:
-    """The order of all units in this epoch.
+def shuffled(number: int, *key: int) -> Int64[np.ndarray, " N"]:
+    """0 to number - 1 in the order that is drawn for this key.
 
     Sorted raw bits: numpy promises that those stay the same in later versions, and not that
     Generator.permutation does (NEP 19).
     """
-    bits = rng_for(seed, epoch).bit_generator.random_raw(num_units)
-    order = np.argsort(bits, kind="stable").astype(np.int64)
+    return np.argsort(rng_for(*key).bit_generator.random_raw(number), kind="stable").astype(np.int64)
+
+
+@lru_cache(maxsize=1)
+def permutation(seed: int, epoch: int, num_units: int) -> Int64[np.ndarray, " N"]:
+    """The order of all units in this epoch."""
+    order = shuffled(num_units, seed, epoch)
     order.setflags(write=False)
     return order
 
