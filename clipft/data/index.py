@@ -211,7 +211,11 @@ def read_exactly(fd: int, offset: int, length: int) -> bytes:
 
 def index_shards(paths: list[str], remote: Remote | None = None) -> Samples:
     """All usable samples of the shards, in order; damaged shards and a set without samples raise."""
-    indexes = [(remote and remote.index(path)) or load_index(path) for path in paths]
+    return samples_of(paths, [(remote and remote.index(path)) or load_index(path) for path in paths], remote)
+
+
+def samples_of(paths: list[str], indexes: list[ShardIndex], remote: Remote | None = None) -> Samples:
+    """The same from indexes that are there already."""
     refuse_damage(paths, indexes)
     samples = replace(join(paths, indexes), remote=remote)
     if not len(samples):

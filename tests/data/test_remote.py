@@ -22,7 +22,7 @@ from clipft.cli import main
 from clipft.config import DataConfig
 from clipft.data.augment import Augment
 from clipft.data.check.items import items_of_data
-from clipft.data.index import Samples, index_places, index_shards, load_index
+from clipft.data.index import Samples, index_places, index_shards, load_index, parse_index
 from clipft.data.lanes import Lanes
 from clipft.data.loader import train_loader
 from clipft.data.order import Order, Shuffle
@@ -215,6 +215,17 @@ def test_data_index_of_local_shards_writes_their_indexes(tmp_path: Path, capsys,
     [path] = foreign(tmp_path / "set", 30)
     assert main(["data", "index", f"data={tmp_path}/set"]) == 0
     assert index_places(path)[0].is_file() and "30" in capsys.readouterr().out
+
+
+def test_data_index_parses_each_stored_index_once(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packed(tmp_path / "set")
+    command, parsed = ["data", "index", f"data={tmp_path}/set", "data.workers=0"], []
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("clipft.data.index.parse_index", lambda text: parsed.append(text) or parse_index(text))
+    assert main(command) == 0
+    assert len(parsed) == 4 and capsys.readouterr().out == first
 
 
 def test_verify_and_check_say_that_they_read_local_shards(web: Site, tmp_path: Path, capsys, monkeypatch):
