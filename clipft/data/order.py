@@ -55,12 +55,6 @@ def batch_at(seed: int, step: int, num_units: int, batch_size: int) -> tuple[int
     return epoch, order[place * batch_size : (place + 1) * batch_size].copy()
 
 
-def left_out(seed: int, epoch: int, num_units: int, batch_size: int) -> Int64[np.ndarray, " R"]:
-    """The units that no batch of this epoch holds: the remainder below one batch."""
-    used = steps_per_epoch(num_units, batch_size) * batch_size
-    return permutation(seed, epoch, num_units)[used:].copy()
-
-
 @runtime_checkable
 class Order(Protocol):
     """Which units a global step holds, a pure function of the step."""

@@ -32,6 +32,8 @@ def failing_at(key: Callable[[], str]) -> Iterator[None]:
 
 def printable(text: str) -> str:
     """The text on one line, with what would steer a terminal, or turn the reading direction, as an escape."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
