@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipft.learn.checkpoint import forget_old, note_in_manifest, point, read_state, saved_steps, write_state
 from clipft.learn.memory import host_memory
-from clipft.report import RunFailed
+from clipft.report import RunFailed, megabytes
 
 MOST_FAILURES = 3  # saves in a row
 ROOM = 1.05  # bytes on disk against bytes of tensors
@@ -92,7 +92,7 @@ def check_room(folder: Path, needed: int) -> None:
     """Raises when the disk has no room for so many bytes: a full disk would stop other programs too."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{folder} has {free / 1e6:.1f} MB of room left and a state needs {needed / 1e6:.1f} MB")
+        raise OSError(f"{folder} has {megabytes(free)} of room left and a state needs {megabytes(needed)}")
 
 
 def size_of(node: Any) -> int:

@@ -261,7 +261,7 @@ def test_a_save_that_succeeds_makes_up_for_one_that_failed(tmp_path):
 
 def test_a_disk_without_room_is_left_alone(tmp_path):
     check_room(tmp_path, 1000)
-    with pytest.raises(OSError, match=r"MB of room left and a state needs 1000000000000\.0 MB"):
+    with pytest.raises(OSError, match=r"MB of room left and a state needs 1,000,000,000,000\.0 MB"):
         check_room(tmp_path, 10**18)
 
 

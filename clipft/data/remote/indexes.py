@@ -20,6 +20,7 @@ from clipft.data.remote.fetch import NotFetched, Patience, fetch_small, open_bod
 from clipft.data.shard import ShardIndex
 from clipft.data.workers import map_items
 from clipft.files import replace_file, user_cache
+from clipft.report import megabytes
 
 AT_ONCE = 8  # small files
 READERS = 4  # processes that read whole shards
@@ -149,23 +150,23 @@ def read_whole(cache: Cache, shards: list[RemoteShard], workers: int) -> list[Re
         raise ValueError(f"{shown(refused[0][0].address)} cannot be read: {refused[0][1]}{several}")
     print(announced(shards, told, cache), file=sys.stderr, flush=True)
     sizes = [each.size for each in told]
-    megabytes = [max(1, round(size / 1e6)) for size in sizes if size is not None]
-    whole = len(megabytes) == len(shards)
-    progress = Progress("reading", "MB", sum(megabytes)) if whole else Progress("reading", "shards", len(shards))
+    amounts = [max(1, round(size / 1e6)) for size in sizes if size is not None]
+    whole = len(amounts) == len(shards)
+    progress = Progress("reading", "MB", sum(amounts)) if whole else Progress("reading", "shards", len(shards))
     jobs = list(zip(shards, told, strict=True))
     return map_items(
-        partial(read_one, cache=cache), jobs, workers, progress, "data.workers", megabytes if whole else None
+        partial(read_one, cache=cache), jobs, workers, progress, "data.workers", amounts if whole else None
     )
 
 
 def announced(shards: list[RemoteShard], told: list[Told], cache: Cache) -> str:
     """What is about to be read, and why."""
     sizes = [each.size for each in told if each.size is not None]
-    size = f"{sum(sizes) / 1e6:,.1f} MB" + ("" if len(sizes) == len(told) else " or more") if sizes else "size unknown"
+    size = megabytes(sum(sizes)) + ("" if len(sizes) == len(told) else " or more") if sizes else "size unknown"
     count = f"{len(shards)} shard{'s' if shards[1:] else ''}"
     return (
         f"{count} ({size}) without index, the first is {shown(shards[0].address)}: read whole once, into "
-        f"{cache.folder} (at most {cache.limit / 1e6:,.1f} MB are kept there); their indexes are kept in "
+        f"{cache.folder} (at most {megabytes(cache.limit)} are kept there); their indexes are kept in "
         f"{user_cache() / 'index'}"
     )
 
