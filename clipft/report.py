@@ -45,6 +45,7 @@ def job_cores() -> int:
 
 
 def megabytes(num_bytes: int) -> str:
+    """Bytes as 1,234.5 MB."""
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
