@@ -19,7 +19,7 @@ from clipft.learn.step import Towers
 from clipft.model.build import Clip
 from clipft.model.options import set_checkpointing
 from clipft.ranks import Ranks
-from clipft.report import RunFailed
+from clipft.report import RunFailed, megabytes
 
 REMEMBERED = "micro_batch.json"
 FLOAT_BYTES = 4
@@ -161,7 +161,7 @@ def check_disk(config: Config, folder: Path, clip: Clip, num_there: int) -> list
     wanted = (keep + 2 - num_there) * size  # best.ckpt, and the one that is being written
     if free < size * 1.1:
         raise ValueError(
-            f"runs_dir: {folder} has {free / 1e6:,.1f} MB of room and one saved state needs {size / 1e6:,.1f} MB. "
+            f"runs_dir: {folder} has {megabytes(free)} of room and one saved state needs {megabytes(size)}. "
             "Make room, or put runs_dir on another disk."
         )
     if free < wanted:

@@ -31,7 +31,7 @@ from clipft.model.build import description
 from clipft.model.groups import TOWERS, in_tower, is_frozen
 from clipft.model.towers import of_transformers
 from clipft.ranks import first_to_all
-from clipft.report import RunFailed, tell
+from clipft.report import RunFailed, megabytes, tell
 
 NOUNS = {"image": "images", "text": "captions"}
 MAKERS = ("data", "model")  # our code that decides what a feature is
@@ -123,7 +123,7 @@ def notes_of(kept: Mapping[str, Kept]) -> dict[str, str]:
         notes[tower] = f"features of {len(each.units):,} {NOUNS[tower]} are in {each.folder}"
         if missing:
             count = sum(len(each.rows_of(part)) for part in missing)
-            what = f"{count:,} of {len(each.units):,} {NOUNS[tower]} ({size / 1e6:,.1f} MB)"
+            what = f"{count:,} of {len(each.units):,} {NOUNS[tower]} ({megabytes(size)})"
             notes[tower] = f"features of {what} are made before the first step, in {each.folder}"
         wanted += size
     folder = user_cache()
@@ -133,8 +133,8 @@ def notes_of(kept: Mapping[str, Kept]) -> dict[str, str]:
     free = shutil.disk_usage(folder).free
     if free < wanted * 1.05:
         raise ValueError(
-            f"train.cache_features=true: {folder} has {free / 1e6:,.1f} MB of room and the features need "
-            f"{wanted / 1e6:,.1f} MB. Make room, set XDG_CACHE_HOME to a folder on another disk, or leave it out."
+            f"train.cache_features=true: {folder} has {megabytes(free)} of room and the features need "
+            f"{megabytes(wanted)}. Make room, set XDG_CACHE_HOME to a folder on another disk, or leave it out."
         )
     return notes
 

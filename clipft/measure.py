@@ -22,8 +22,7 @@ from clipft.data.loader import WAIT
 from clipft.data.order import Order
 from clipft.data.split import Splits, load_splits
 from clipft.data.waiting import Wait
-from clipft.judge.evaluate import Evaluation, Task, build_task, in_words
-from clipft.judge.evaluate import evaluate as evaluate_task
+from clipft.judge.evaluate import Evaluation, Task, build_task, embed, in_words, judge
 from clipft.judge.table import print_results
 from clipft.learn.memory import is_out_of_memory
 from clipft.model.load import Clip
@@ -50,22 +49,20 @@ class Measure:
     wait: Wait
 
     def __call__(self, task: Task) -> Evaluation:
+        """Retrieval metrics where samples have captions, zero-shot metrics where they have labels with names."""
         with naming_memory(f"{task.name} was measured", self.batch_size):
-            return self._evaluate(task)
-
-    def _evaluate(self, task: Task) -> Evaluation:
-        evaluation = evaluate_task(
-            self.clip,
-            task,
-            relevance=self.relevance,
-            batch_size=self.batch_size,
-            device=self.ranks.device,
-            workers=self.workers,
-            max_pixels=self.max_pixels,
-            trim=self.trim,
-            autocast=self.ranks.autocast,
-            wait=self.wait,
-        )
+            embedded = embed(
+                self.clip,
+                task,
+                batch_size=self.batch_size,
+                device=self.ranks.device,
+                workers=self.workers,
+                max_pixels=self.max_pixels,
+                trim=self.trim,
+                autocast=self.ranks.autocast,
+                wait=self.wait,
+            )
+            evaluation = judge(task, embedded, self.relevance)
         check_dropped(evaluation, self.max_bad_frac)
         return evaluation
 

@@ -26,6 +26,7 @@ from clipft.data.split import Splits, find_shards, load_splits
 from clipft.learn.optimizer_names import check_optimizer
 from clipft.model.check import check_model, check_reachable
 from clipft.model.sources import base_run
+from clipft.report import megabytes
 from clipft.rundir import load_config
 
 if TYPE_CHECKING:  # both import torch, and the command line must answer before that
@@ -187,10 +188,6 @@ def to_come(samples: Samples, i: int) -> str:
     if shard is None or samples.remote.cache.has(shard):
         return ""
     return f"downloading {shown(shard.address)} ({megabytes(shard.size or 0)}) to look at its captions"
-
-
-def megabytes(number: int) -> str:
-    return f"{number / 1e6:,.1f} MB"
 
 
 def bytes_elsewhere(samples: Samples | None) -> list[int]:

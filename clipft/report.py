@@ -44,6 +44,11 @@ def job_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def megabytes(num_bytes: int) -> str:
+    """Bytes as 1,234.5 MB."""
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
 def clock(seconds: float) -> str:
     """Seconds as 0:07, 12:34 or 3:02:11."""
     minutes, s = divmod(round(seconds), 60)

@@ -172,7 +172,7 @@ def test_kept_features_are_those_that_each_image_has_alone(root, cache, monkeypa
     found = 0
     for i in range(len(kept.units)):
         try:
-            pixels = frozen.images_of(kept.units, job.augment, 10**6).load(i)
+            pixels = frozen.images_of(kept.units, job.augment, 10**6).load(kept.units, i)
         except BadSample:
             continue
         with torch.no_grad():

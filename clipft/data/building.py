@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from clipft.data.manifest import MANIFEST
-from clipft.data.split import CLASSNAMES, TEMPLATES
+from clipft.data.manifest import MANIFEST, SMALL_FILES
 from clipft.report import RunFailed
 
 AGAIN = "Run the same command again when the cause is gone: what is finished is kept."
-SMALL_FILES = (MANIFEST, CLASSNAMES, TEMPLATES)  # the first has the shards' hashes: equal ones, equal sets
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ def move_into_place(name: str, place: Building) -> None:
     except OSError:
         if not (out / MANIFEST).is_file():
             raise
+        # The first of them has the shards' hashes: equal ones, equal sets.
         differing = [file for file in SMALL_FILES if content_at(place.set / file) != content_at(out / file)]
         if differing:
             raise ValueError(

@@ -154,13 +154,8 @@ class Samples:
         """Where the sample's first header lies in its shard."""
         return int(self.members[self.rows[i, 1], 1]) - BLOCK
 
-    def extensions(self, i: int) -> list[str]:
-        """Extensions of the sample's members, in the order of the tar."""
-        _, first, end, _, _ = self.rows[i].tolist()
-        return [self.kinds[kind] for kind in self.members[first:end, 0]]
-
     def read(self, i: int, kinds: tuple[str, ...] = IMAGE_KINDS + TEXT_KINDS) -> dict[str, bytes]:
-        """The bytes of the members with these extensions, by extension."""
+        """The bytes of the members with these extensions, by extension, in the order of the tar."""
         shard, first, end, _, _ = self.rows[i].tolist()
         found = {}
         with self.opened(shard) as file:
@@ -211,7 +206,11 @@ def read_exactly(fd: int, offset: int, length: int) -> bytes:
 
 def index_shards(paths: list[str], remote: Remote | None = None) -> Samples:
     """All usable samples of the shards, in order; damaged shards and a set without samples raise."""
-    indexes = [(remote and remote.index(path)) or load_index(path) for path in paths]
+    return samples_of(paths, [(remote and remote.index(path)) or load_index(path) for path in paths], remote)
+
+
+def samples_of(paths: list[str], indexes: list[ShardIndex], remote: Remote | None = None) -> Samples:
+    """The same from indexes that are there already."""
     refuse_damage(paths, indexes)
     samples = replace(join(paths, indexes), remote=remote)
     if not len(samples):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from clipft.config import DataConfig
-from clipft.data.index import Samples, index_shards, load_index
+from clipft.data.index import Samples, load_index, samples_of
 from clipft.data.progress import Progress
 from clipft.data.remote.cache import Remote
 from clipft.data.remote.indexes import learn
@@ -27,9 +27,12 @@ def index(config: DataConfig) -> Indexed:
     paths = list(dict.fromkeys(path for part in found.shards.values() for path in part))
     local = [path for path in paths if path not in found.remote.shards]
     workers = num_workers(config.workers)
-    map_items(load_index, local, workers, Progress("indexing", "shards", len(local)), "data.workers")
+    loaded = map_items(load_index, local, workers, Progress("indexing", "shards", len(local)), "data.workers")
     read = learn(found.remote, config.workers, again=True)
-    splits = {split: index_shards(part, found.remote) for split, part in found.shards.items() if part}
+    indexes = dict(zip(local, loaded, strict=True))
+    indexes |= {path: shard.index for path, shard in found.remote.shards.items() if shard.index is not None}
+    parts = {split: part for split, part in found.shards.items() if part}
+    splits = {split: samples_of(part, [indexes[path] for path in part], found.remote) for split, part in parts.items()}
     return Indexed(found.name, splits, len(paths), len(read), found.remote)
 
 

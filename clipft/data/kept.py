@@ -10,14 +10,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from clipft.data.pairs import Units
-from clipft.data.sample import BadSample
+from clipft.data.sample import PASSING, BadSample
 from clipft.files import replace_file
 
 PART_ROWS = 1024  # at least; so many are made again after a kill
 MOST_PARTS = 4096  # a process has as many open; Linux allows it 65,530 mapped files
 REASON_BYTES = 32
 DIGEST_BYTES = 32
-PASSING = ("read_error", "short_read", "shard_changed")  # faults of the storage, which may be over at the next start
 
 
 class Part:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int64
 
-from clipft.data.order import rng_for
+from clipft.data.order import rng_for, shuffled
 
 SHARD_STREAM, UNIT_STREAM = 2, 3  # beside the streams of captions and augmentation in the loader
 COUNTED_STEPS = 200
@@ -53,7 +53,7 @@ class Lanes:
         """Epoch and unit of each row."""
         epoch, place = divmod(step, self.per_epoch)
         taken = self.batch_size // self.lanes
-        order = lane_order(self.seed, epoch, self.shard_sizes, self.lanes, self.window_shards)
+        order = lane_order(self.seed, epoch, self.shard_sizes, self.lanes, self.window)
         return np.full(self.batch_size, epoch), order[:, place * taken : (place + 1) * taken].reshape(-1)
 
     @property
@@ -95,17 +95,17 @@ class Lanes:
 
 @lru_cache(maxsize=1)
 def lane_order(
-    seed: int, epoch: int, shard_sizes: tuple[int, ...], lanes: int, window_shards: int
+    seed: int, epoch: int, shard_sizes: tuple[int, ...], lanes: int, window: int
 ) -> Int64[np.ndarray, "lanes N"]:
-    """The units of each lane in their order; what does not come out even over the lanes is left out."""
-    sizes, ends = np.array(shard_sizes), np.cumsum(shard_sizes).tolist()
-    shards = shard_order(seed, epoch, len(sizes))
+    """The units of each lane, shuffled within windows of so many; what does not come out even is left out."""
+    ends = np.cumsum(shard_sizes).tolist()
+    shards = shard_order(seed, epoch, len(shard_sizes))
     laid = np.concatenate([np.arange(ends[shard] - shard_sizes[shard], ends[shard]) for shard in shards.tolist()])
     length = len(laid) // lanes
     rows = laid[: length * lanes].reshape(lanes, length)
-    window = np.arange(length) // max(1, round(window_shards * sizes.mean()))
+    number = np.arange(length) // window
     bits = rng_for(seed, epoch, UNIT_STREAM).bit_generator.random_raw(rows.size).reshape(rows.shape)
-    order = np.take_along_axis(rows, np.lexsort((bits, np.broadcast_to(window, rows.shape)), axis=1), axis=1)
+    order = np.take_along_axis(rows, np.lexsort((bits, np.broadcast_to(number, rows.shape)), axis=1), axis=1)
     order = order.astype(np.int64)
     order.setflags(write=False)
     return order
@@ -113,5 +113,4 @@ def lane_order(
 
 def shard_order(seed: int, epoch: int, num_shards: int) -> Int64[np.ndarray, " shards"]:
     """The order in which an epoch's shards are laid end to end."""
-    bits = rng_for(seed, epoch, SHARD_STREAM).bit_generator.random_raw(num_shards)
-    return np.argsort(bits, kind="stable").astype(np.int64)
+    return shuffled(num_shards, seed, epoch, SHARD_STREAM)

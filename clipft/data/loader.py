@@ -11,19 +11,18 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from clipft.data.augment import Augment, apply_augment
-from clipft.data.caption import caption_id, group_id, group_of, hash_id, only_words, written_captions
+from clipft.data.caption import caption_id, group_id, group_of, hash_id, written_captions
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples
 from clipft.data.kept import Kept
 from clipft.data.order import Order, rank_slice, rng_for
-from clipft.data.pairs import Units
+from clipft.data.pairs import Units, caption_at
 from clipft.data.remote.ahead import Ahead
-from clipft.data.sample import IMAGE_KINDS, BadSample, failing_at, image_of
+from clipft.data.sample import CAPTION_KINDS, IMAGE_KINDS, BadSample, failing_at, image_of
 from clipft.data.waiting import NOTHING, InFlight, Wait, WaitingLoader, in_order
 
 CAPTION_STREAM, AUGMENT_STREAM = 0, 1  # last part of the random key, beside seed, epoch and unit
-TEXT = ("json", "txt")
-READ = (*IMAGE_KINDS, *TEXT)
+READ = (*IMAGE_KINDS, *CAPTION_KINDS)
 MOST_AHEAD = 2  # loader processes of a rank that download before shards are needed
 WAIT = Wait()
 NONE_KEPT: Mapping[str, Kept] = {}
@@ -165,13 +164,11 @@ class TrainSteps(Dataset[Batch]):
     def load(self, epoch: int, u: int) -> Loaded:
         i, number = self.units.at(u)
         needs_image = "image" not in self.kept or self.positives == "image"
-        members = self.units.samples.read(i, READ if needs_image else TEXT)
+        members = self.units.samples.read(i, READ if needs_image else CAPTION_KINDS)
         captions = written_captions(members, self.text_errors)
         if number is None:
             number = int(rng_for(self.seed, epoch, u, CAPTION_STREAM).integers(len(captions)))
-        if number >= len(captions):
-            raise BadSample("no_caption")
-        caption = only_words(captions[number])
+        caption = caption_at(captions, number)
         found = self.id_of(u, members, caption)
         features = {tower: kept.feature(i, number) for tower, kept in self.kept.items()}
         if "image" in self.kept:

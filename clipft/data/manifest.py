@@ -1,4 +1,4 @@
-"""shards.json: the shards of a packed set by split, with their samples, bytes and checksums."""
+"""The small files of a packed set: shards.json has its shards by split, with their samples, bytes and checksums."""
 
 import hashlib
 import json
@@ -10,6 +10,9 @@ from typing import Any
 from clipft.files import replace_file
 
 MANIFEST = "shards.json"
+CLASSNAMES = "classnames.txt"  # both files as CLIP_benchmark lays them out
+TEMPLATES = "zeroshot_classification_templates.txt"
+SMALL_FILES = (MANIFEST, CLASSNAMES, TEMPLATES)
 AGAIN = "Copy the folder again or pack it again (clipft data pack)."
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Int64
 
-from clipft.data.order import rng_for
+from clipft.data.order import shuffled
 
 SLOT_STREAM, SOURCE_STREAM = 4, 5  # beside the streams of captions, augmentation and lanes
 BLOCK = 10_000  # slots in which every source has exactly its share
@@ -49,8 +49,7 @@ class Mix:
         quotas = shares(self.weights)
         source, place = np.zeros_like(slots), np.zeros_like(slots)
         for block in np.unique(slots // BLOCK).tolist():
-            bits = rng_for(self.seed, SLOT_STREAM, block).bit_generator.random_raw(BLOCK)
-            dealt = np.repeat(np.arange(len(quotas)), quotas)[np.argsort(bits, kind="stable")]
+            dealt = np.repeat(np.arange(len(quotas)), quotas)[shuffled(BLOCK, self.seed, SLOT_STREAM, block)]
             before = np.zeros(BLOCK, np.int64)
             for s, quota in enumerate(quotas):
                 before[dealt == s] = block * quota + np.arange(quota)
@@ -65,8 +64,7 @@ class Mix:
         found = np.zeros_like(within)
         for number in np.unique(rounds).tolist():
             if self.orders.get(source, (-1,))[0] != number:
-                bits = rng_for(self.seed, SOURCE_STREAM, source, number).bit_generator.random_raw(self.sizes[source])
-                self.orders[source] = number, np.argsort(bits, kind="stable").astype(np.int64)
+                self.orders[source] = number, shuffled(self.sizes[source], self.seed, SOURCE_STREAM, source, number)
             found[rounds == number] = self.orders[source][1][within[rounds == number]]
         return found
 

@@ -21,15 +21,19 @@ def rng_for(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-@lru_cache(maxsize=1)
-def permutation(seed: int, epoch: int, num_units: int) -> Int64[np.ndarray, " N"]:
-    """The order of all units in this epoch.
+def shuffled(number: int, *key: int) -> Int64[np.ndarray, " N"]:
+    """0 to number - 1 in the order that is drawn for this key.
 
     Sorted raw bits: numpy promises that those stay the same in later versions, and not that
     Generator.permutation does (NEP 19).
     """
-    bits = rng_for(seed, epoch).bit_generator.random_raw(num_units)
-    order = np.argsort(bits, kind="stable").astype(np.int64)
+    return np.argsort(rng_for(*key).bit_generator.random_raw(number), kind="stable").astype(np.int64)
+
+
+@lru_cache(maxsize=1)
+def permutation(seed: int, epoch: int, num_units: int) -> Int64[np.ndarray, " N"]:
+    """The order of all units in this epoch."""
+    order = shuffled(num_units, seed, epoch)
     order.setflags(write=False)
     return order
 
@@ -49,12 +53,6 @@ def batch_at(seed: int, step: int, num_units: int, batch_size: int) -> tuple[int
     epoch, place = divmod(step, steps_per_epoch(num_units, batch_size))
     order = permutation(seed, epoch, num_units)
     return epoch, order[place * batch_size : (place + 1) * batch_size].copy()
-
-
-def left_out(seed: int, epoch: int, num_units: int, batch_size: int) -> Int64[np.ndarray, " R"]:
-    """The units that no batch of this epoch holds: the remainder below one batch."""
-    used = steps_per_epoch(num_units, batch_size) * batch_size
-    return permutation(seed, epoch, num_units)[used:].copy()
 
 
 @runtime_checkable

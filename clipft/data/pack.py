@@ -15,14 +15,14 @@ from clipft.config import ImageConfig, PackConfig
 from clipft.data.building import Building, building, move_into_place
 from clipft.data.draw import Shared, check_draw, draw_splits, find_near, find_shared, wants_looks
 from clipft.data.fingerprint import KINDS
-from clipft.data.manifest import MANIFEST, write_manifest
+from clipft.data.manifest import CLASSNAMES, MANIFEST, TEMPLATES, write_manifest
 from clipft.data.names import ordered
 from clipft.data.prompts import templates_of
 from clipft.data.rows import Rows, by_reason, leave_out, look_at_rows, named, read_rows
 from clipft.data.sample import printable
 from clipft.data.sources.recognise import open_source
 from clipft.data.sources.row import Ask, Bad, Row, Source
-from clipft.data.split import CLASSNAMES, TEMPLATES, counted
+from clipft.data.split import counted
 from clipft.data.workers import num_workers
 from clipft.data.write import Shard, Written, write_shards
 from clipft.files import replace_file

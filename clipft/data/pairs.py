@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from clipft.data.caption import written_captions
+from clipft.data.caption import only_words, written_captions
 from clipft.data.index import Samples
-from clipft.data.sample import BadSample, failing_at
+from clipft.data.sample import CAPTION_KINDS, PASSING, BadSample, failing_at
 from clipft.files import replace_file, user_cache
 
 VERSION = 3  # of the stored counts; to be raised when written_captions finds others in the same bytes
@@ -79,9 +79,16 @@ def num_captions(samples: Samples, i: int, text_errors: str) -> int:
     """Captions of sample i, 1 where its members name none; 0 where the storage fails, which may pass."""
     try:
         with failing_at(lambda: samples.key(i)):
-            return len(written_captions(samples.read(i, ("json", "txt")), text_errors))
+            return len(written_captions(samples.read(i, CAPTION_KINDS), text_errors))
     except BadSample as bad:
-        return 0 if bad.reason in ("read_error", "short_read", "shard_changed") else 1
+        return 0 if bad.reason in PASSING else 1
+
+
+def caption_at(captions: list[str], number: int) -> str:
+    """One of a sample's captions in words; BadSample where it has fewer than were counted."""
+    if number >= len(captions):
+        raise BadSample("no_caption")
+    return only_words(captions[number])
 
 
 def counts_place(samples: Samples, text_errors: str = "strict") -> Path:

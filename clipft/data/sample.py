@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from clipft.report import RunFailed
 
 IMAGE_KINDS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
-TEXT_KINDS = ("json", "txt", "cls")
+CAPTION_KINDS = ("json", "txt")
+TEXT_KINDS = (*CAPTION_KINDS, "cls")
+PASSING = ("read_error", "short_read", "shard_changed")  # faults of the storage, which may be over at the next start
 
 
 class BadSample(Exception):
@@ -30,6 +32,8 @@ def failing_at(key: Callable[[], str]) -> Iterator[None]:
 
 def printable(text: str) -> str:
     """The text on one line, with what would steer a terminal, or turn the reading direction, as an escape."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool
 
 from clipft.config import DataConfig
 from clipft.data.index import Samples, index_shards
-from clipft.data.manifest import AGAIN, MANIFEST, listed_beside, listed_shards
+from clipft.data.manifest import AGAIN, CLASSNAMES, MANIFEST, TEMPLATES, listed_beside, listed_shards
 from clipft.data.names import SPLIT_OF, SPLITS, natural, sorted_by_split
 from clipft.data.remote.addresses import PIPE, is_remote, name_of, shown
 from clipft.data.remote.cache import Remote
@@ -25,8 +25,6 @@ from clipft.data.sample import printable
 
 VAL_FRAC = 0.05
 NORMAL = ("folder", "meta")  # members without a sample that need no mention
-CLASSNAMES = "classnames.txt"  # both files as CLIP_benchmark lays them out
-TEMPLATES = "zeroshot_classification_templates.txt"
 HOW = (
     "Put shards there (tars such as train-000.tar with key.jpg and key.txt or key.json), or make them from "
     "images with captions or labels: clipft data pack source=FOLDER out={out}"

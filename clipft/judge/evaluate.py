@@ -81,34 +81,6 @@ class Evaluation:
     embedded: Embedded = field(repr=False)
 
 
-def evaluate(
-    clip: Clip,
-    task: Task,
-    *,
-    relevance: str,
-    batch_size: int,
-    device: torch.device,
-    workers: int,
-    max_pixels: int,
-    trim: bool,
-    autocast: Autocast = nullcontext,
-    wait: Wait = WAIT,
-) -> Evaluation:
-    """Retrieval metrics where samples have captions, zero-shot metrics where they have labels with names."""
-    embedded = embed(
-        clip,
-        task,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        max_pixels=max_pixels,
-        trim=trim,
-        autocast=autocast,
-        wait=wait,
-    )
-    return judge(task, embedded, relevance)
-
-
 def build_task(
     name: str,
     samples: Samples,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipft.config import ADAMW, OF_ADAMW, OptimConfig
+from clipft.learn.nested import size_of
 from clipft.learn.optimizer_names import optimizers
 from clipft.model.groups import groups_of
 
@@ -89,20 +90,12 @@ def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def state_per_weight(config: OptimConfig) -> float:
-    """Values that the optimizer keeps for each trained weight, counted on a small matrix."""
+    """What the optimizer keeps for each trained weight, in values of its size, measured on a small matrix."""
     weight = nn.Parameter(torch.ones(PROBE, PROBE))
     weight.grad = torch.ones_like(weight)
     optimizer = make_optimizer(config, 1e-3, [{"params": [weight]}])
     optimizer.step()
-    return round(sum(size_of(state) for state in optimizer.state.values()) / weight.numel(), 1)
-
-
-def size_of(node: Any) -> int:
-    """Values of all tensors in nested containers."""
-    if isinstance(node, Tensor):
-        return node.numel()
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
-    return sum(size_of(child) for child in children)
+    return round(size_of(list(optimizer.state.values())) / weight.nbytes, 1)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

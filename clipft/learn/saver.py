@@ -7,11 +7,11 @@ from threading import Thread
 from typing import Any
 
 from lightning_fabric.plugins import CheckpointIO
-from torch import Tensor
 
 from clipft.learn.checkpoint import forget_old, note_in_manifest, point, read_state, saved_steps, write_state
 from clipft.learn.memory import host_memory
-from clipft.report import RunFailed
+from clipft.learn.nested import copied, size_of
+from clipft.report import RunFailed, megabytes
 
 MOST_FAILURES = 3  # saves in a row
 ROOM = 1.05  # bytes on disk against bytes of tensors
@@ -92,23 +92,4 @@ def check_room(folder: Path, needed: int) -> None:
     """Raises when the disk has no room for so many bytes: a full disk would stop other programs too."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{folder} has {free / 1e6:.1f} MB of room left and a state needs {needed / 1e6:.1f} MB")
-
-
-def size_of(node: Any) -> int:
-    """Bytes of all tensors in nested containers."""
-    if isinstance(node, Tensor):
-        return node.nbytes
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
-    return sum(size_of(child) for child in children)
-
-
-def copied(node: Any) -> Any:
-    """The same nested dicts and lists with copies of the tensors in host memory."""
-    if isinstance(node, Tensor):
-        return node.detach().to("cpu", copy=True)
-    if isinstance(node, dict):
-        return {key: copied(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return type(node)(copied(value) for value in node)
-    return node
+        raise OSError(f"{folder} has {megabytes(free)} of room left and a state needs {megabytes(needed)}")

@@ -103,8 +103,8 @@ class _Joined(torch.autograd.Function):
         return gradients[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(gradient * upstream for gradient in ctx.gradients)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient * grad_outputs[0] for gradient in ctx.gradients)
 
 
 def local_pairs(

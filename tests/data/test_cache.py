@@ -24,9 +24,9 @@ from clipft.data.remote.cache import (
     contents,
     hold,
     place_in,
+    settled,
 )
 from clipft.data.remote.fetch import NotFetched
-from clipft.data.remote.indexes import settled
 from clipft.data.shard import scan_shard
 
 SIZE = 10240  # of each of the shards below
@@ -105,6 +105,26 @@ def test_a_cached_file_of_other_bytes_is_brought_again(web: Site):
     assert read(here, one) == (web.folder / "0.tar").read_bytes() and web.count("/0.tar") == 2
     write_tar(web.folder / "0.tar", pairs(7, 2))
     assert len(read(here, shard(web, 0, here))) == SIZE and web.count("/0.tar") == 3
+
+
+def test_reading_a_shard_without_checksum_hashes_its_index_no_more(web: Site, monkeypatch: pytest.MonkeyPatch):
+    here = cache(web)
+    one = settled(replace(shard(web, 0, here), sha256=None))
+    read(here, one)
+    monkeypatch.setattr(hashlib, "sha256", None)
+    here.touch([one])
+    assert here.has(one) and read(here, one) == (web.folder / "0.tar").read_bytes()
+
+
+def test_a_cached_file_of_other_bytes_does_not_become_the_wanted_one_by_being_needed_soon(web: Site):
+    here = cache(web)
+    old = shard(web, 0, here)
+    read(here, old)
+    write_tar(web.folder / "0.tar", pairs(7, 2))
+    new = shard(web, 0, here)
+    assert old.index is not None and new.index is not None and old.index.size == new.index.size
+    here.touch([new])
+    assert not here.has(new) and read(here, new) == (web.folder / "0.tar").read_bytes()
 
 
 def test_what_was_not_used_for_longest_goes_and_the_bound_holds(web: Site):

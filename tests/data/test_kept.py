@@ -11,10 +11,10 @@ from clipft.data import kept as kept_module
 from clipft.data.augment import Augment, apply_augment
 from clipft.data.decode import decode_rgb
 from clipft.data.index import index_shards
-from clipft.data.kept import MOST_PARTS, PASSING, Kept
+from clipft.data.kept import MOST_PARTS, Kept
 from clipft.data.order import rng_for
 from clipft.data.pairs import Units, build_units
-from clipft.data.sample import BadSample
+from clipft.data.sample import PASSING, BadSample
 from clipft.data.sides import images_of, side_batches, texts_of
 from clipft.data.waiting import Wait
 

@@ -27,7 +27,7 @@ from clipft.data.augment import Augment, apply_augment
 from clipft.data.decode import decode_rgb
 from clipft.data.index import Samples, index_shards
 from clipft.data.loader import Batch, eval_images, train_loader
-from clipft.data.order import Shuffle, left_out, permutation
+from clipft.data.order import Shuffle, permutation
 from clipft.data.pairs import Units, build_units
 from clipft.data.waiting import Wait, WaitingLoader, lost_worker, naming_lost_workers
 from clipft.report import RunFailed
@@ -175,7 +175,7 @@ def test_what_is_indexed_is_what_was_used_dropped_and_left_out(uneven: Samples, 
             used.update(key for key, valid in zip(part.keys, part.valid.tolist(), strict=True) if valid)
             dropped.update(list(named(part)))
             assert len(part.bad) == int((~part.valid).sum())
-        remainder = Counter(units.key(u) for u in left_out(3, epoch, len(units), size).tolist())
+        remainder = Counter(units.key(u) for u in permutation(3, epoch, len(units))[per_epoch * size :].tolist())
         assert used + dropped + remainder == indexed and set(indexed.values()) == {1}
         assert {key[2:7] for key in dropped} <= UNUSABLE and not {key[2:7] for key in used} & UNUSABLE
         remainders.add(frozenset(remainder))

@@ -15,7 +15,7 @@ from clipft.data.augment import Augment
 from clipft.data.caption import read_label
 from clipft.data.index import Samples
 from clipft.data.loader import Batch, eval_images, train_loader
-from clipft.data.order import Shuffle, left_out
+from clipft.data.order import Shuffle, permutation
 from clipft.data.pairs import build_units
 from clipft.data.sample import BadSample
 from clipft.data.split import Splits, load_splits
@@ -78,7 +78,7 @@ def trained(samples: Samples, world: int) -> Read:
     steps = {"num_units": len(units), "per_epoch": order.per_epoch, "batch_size": BATCH, "step": order.per_epoch}
     counts = account(ledger.state_dict(), **steps, incomplete=samples.dropped, examples=samples.examples)
     assert counts["indexed"] == len(samples) + sum(samples.dropped.values()) and counts["not_reached"] == 0
-    rest = [units.key(u) for u in left_out(SEED, 0, len(units), BATCH).tolist()]
+    rest = [units.key(u) for u in permutation(SEED, 0, len(units))[order.per_epoch * BATCH :].tolist()]
     assert len(rest) == counts["left_out"]
     assert sorted(keys + rest) == sorted(samples.key(i) for i in range(len(samples)))
     return Read(keys, counts["used"], counts["dropped"], counts["left_out"])

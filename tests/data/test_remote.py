@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from flaky import Fail, Site, site
@@ -20,17 +22,19 @@ from clipft.cli import main
 from clipft.config import DataConfig
 from clipft.data.augment import Augment
 from clipft.data.check.items import items_of_data
-from clipft.data.index import Samples, index_places, index_shards, load_index
+from clipft.data.index import Samples, index_places, index_shards, load_index, parse_index
 from clipft.data.lanes import Lanes
 from clipft.data.loader import train_loader
 from clipft.data.order import Order, Shuffle
-from clipft.data.pairs import build_units
+from clipft.data.pairs import Units, build_units
 from clipft.data.remote.addresses import ALLOW_PIPE
 from clipft.data.remote.ahead import Ahead, most_at_once, needed
 from clipft.data.remote.cache import DownloadFailed
 from clipft.data.remote.indexes import learn
 from clipft.data.remote.listing import remote_of
+from clipft.data.sides import images_of, side_batches, texts_of
 from clipft.data.split import expand_shards, find_shards, load_splits
+from clipft.data.waiting import Wait
 from clipft.report import RunFailed
 
 
@@ -213,6 +217,17 @@ def test_data_index_of_local_shards_writes_their_indexes(tmp_path: Path, capsys,
     assert index_places(path)[0].is_file() and "30" in capsys.readouterr().out
 
 
+def test_data_index_parses_each_stored_index_once(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packed(tmp_path / "set")
+    command, parsed = ["data", "index", f"data={tmp_path}/set", "data.workers=0"], []
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    monkeypatch.setattr("clipft.data.index.parse_index", lambda text: parsed.append(text) or parse_index(text))
+    assert main(command) == 0
+    assert len(parsed) == 4 and capsys.readouterr().out == first
+
+
 def test_verify_and_check_say_that_they_read_local_shards(web: Site, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packed(web.folder / "birds")
@@ -320,6 +335,22 @@ def test_a_shard_that_is_gone_in_the_middle_ends_the_run_with_its_address(web: S
         with pytest.raises(RunFailed) as error:
             batches(samples, None, workers)
         assert str(error.value).startswith(f"{web.url}/birds/train-001.tar cannot be read: HTTP 404")
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("what", ["images", "texts"])
+def test_a_slow_download_is_progress_where_one_side_of_the_pairs_is_read(web: Site, what: str):
+    packed(web.folder / "birds")
+    samples = load_splits(DataConfig(path=f"{web.url}/birds")).val
+    assert samples is not None
+    web.always["/birds/val-000.tar"] = Fail(slow_s=3e-4)  # 10 KB in 3 s and more
+    images, pairs_of = Units(samples, None), Units(samples, np.arange(1, 4))
+    side = images_of(images, AUGMENT, 10_000) if what == "images" else texts_of(pairs_of, tokenize, "strict")
+    began_s = time.monotonic()
+    [(inputs, reasons)] = side_batches(side, [range(3)], 3, 1, Wait(limit_s=1.5))
+    assert len(inputs) == 3 and reasons == ["", "", ""]
+    assert time.monotonic() - began_s > 3
 
 
 def test_shards_come_in_the_order_in_which_lanes_read_them_and_each_rank_brings_its_own():

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from clipft.data.index import Samples, index_shards
-from clipft.judge.evaluate import build_task, embed, evaluate, judge
+from clipft.judge.evaluate import build_task, embed, judge
 from clipft.judge.retrieval import retrieval_metrics
 from clipft.judge.zero_shot import class_prototypes, zero_shot_metrics
 from clipft.model.load import Clip
@@ -86,9 +86,8 @@ def captioned(num: int) -> list[dict[str, bytes]]:
     return [row(i, [f"number {i}", f"thing {i % 7}", "same for all"][: 1 + i % 3], i % 3) for i in range(num)]
 
 
-def measured(samples: Samples, model: Towers | None = None, **changes):
+def measured(samples: Samples, model: Towers | None = None, relevance: str = "caption", **changes):
     options = {
-        "relevance": "caption",
         "batch_size": 4,
         "device": torch.device("cpu"),
         "workers": 0,
@@ -98,7 +97,7 @@ def measured(samples: Samples, model: Towers | None = None, **changes):
     }
     classnames, templates = options.pop("classnames", CLASSES), options.pop("templates", TEMPLATES)
     task = build_task("toys", samples, classnames, templates, tokenize)
-    return evaluate(stand_in(model or towers()), task, **options)
+    return judge(task, embed(stand_in(model or towers()), task, **options), relevance)
 
 
 @torch.no_grad()

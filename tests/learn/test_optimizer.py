@@ -182,7 +182,9 @@ def test_settings_of_the_config_go_before_those_of_a_loaded_state():
     assert [(group["weight_decay"], group["eps"]) for group in optimizer.param_groups] == [(0.7, 1e-4), (0.0, 1e-4)]
 
 
-@pytest.mark.parametrize("name, values", [("adamw", 2), ("lion", 1), ("sgd", 1), ("adan", 4), ("lamb", 2)])
+@pytest.mark.parametrize(
+    "name, values", [("adamw", 2), ("lion", 1), ("sgd", 1), ("adan", 4), ("lamb", 2), ("adafactorbv", 0.5)]
+)
 def test_state_is_counted_by_weight(name, values):
     assert state_per_weight(OptimConfig(name=name)) == values
 

@@ -53,16 +53,18 @@ class RemoteShard:
     samples: int | None = None
     """As shards.json beside it lists them; what was found in a full read."""
     index: ShardIndex | None = None
+    """With the time that its file in the cache bears (`settled`)."""
 
-    @property
-    def mtime_ns(self) -> int:
-        """The time that its file in the cache bears: whole seconds that stand for the content, so that a file with
-        other bytes is told from it by its time alone."""
-        digest = self.sha256
-        if digest is None:
-            assert self.index is not None
-            digest = hashlib.sha256(json.dumps(asdict(replace(self.index, mtime_ns=0))).encode()).hexdigest()
-        return (OLDEST_S + int(digest[:7], 16)) * 1_000_000_000
+
+def settled(shard: RemoteShard) -> RemoteShard:
+    """The shard with the time in its index that its file in the cache bears: whole seconds that stand for the content,
+    so that a file with other bytes is told from it by its time alone."""
+    assert shard.index is not None
+    digest = shard.sha256
+    if digest is None:
+        digest = hashlib.sha256(json.dumps(asdict(replace(shard.index, mtime_ns=0))).encode()).hexdigest()
+    mtime_ns = (OLDEST_S + int(digest[:7], 16)) * 1_000_000_000
+    return replace(shard, index=replace(shard.index, mtime_ns=mtime_ns))
 
 
 def place_in(folder: Path, address: str) -> str:
@@ -144,11 +146,13 @@ class Cache:
         with part.open("wb") as file:
             unknown = shard.index is None and shard.sha256 is None
             Fetch(shard.address, file, shard.size, self.patience, self.beat).run(wrong, DAMAGED if unknown else CHANGED)
-        os.utime(part, ns=(time.time_ns(), known[0].mtime_ns))
+        found = known[0]
+        assert found.index is not None
+        os.utime(part, ns=(time.time_ns(), found.index.mtime_ns))
         with locked(self.folder / ".lock"):
             self.evict(0 if shard.size is not None else part.stat().st_size, None, besides=part)
             os.replace(part, shard.path)
-        return known[0]
+        return found
 
     def make_room(self, shard: RemoteShard, older_than: float | None) -> Path | None:
         """An empty temporary file for the shard, whose name reserves its bytes; None where there is no room now."""
@@ -193,7 +197,8 @@ class Cache:
         """Notes that these will be used, the first of them first."""
         for shard in reversed(shards):
             with suppress(OSError):
-                os.utime(shard.path, ns=(time.time_ns(), shard.mtime_ns))
+                if (fd := hold(shard)) is not None:
+                    os.close(fd)
 
     def full(self, error: OSError) -> RunFailed:
         free = shutil.disk_usage(self.folder).free
@@ -214,8 +219,7 @@ def examined(shard: RemoteShard, part: Path) -> tuple[RemoteShard, str]:
             return shard, ""
     found = scan_shard(part)
     if shard.index is None:
-        learnt = replace(shard, size=size, sha256=digest, index=found)
-        return replace(learnt, index=replace(found, mtime_ns=learnt.mtime_ns)), "; ".join(
+        return settled(replace(shard, size=size, sha256=digest, index=found)), "; ".join(
             f"{what} (byte {byte} of {size})" for byte, what in found.problems[:1]
         )
     same = replace(found, mtime_ns=shard.index.mtime_ns) == shard.index
@@ -223,7 +227,8 @@ def examined(shard: RemoteShard, part: Path) -> tuple[RemoteShard, str]:
 
 
 def fits(stat: os.stat_result, shard: RemoteShard) -> bool:
-    return shard.index is not None and (stat.st_size, stat.st_mtime_ns) == (shard.index.size, shard.mtime_ns)
+    index = shard.index
+    return index is not None and (stat.st_size, stat.st_mtime_ns) == (index.size, index.mtime_ns)
 
 
 def hold(shard: RemoteShard) -> int | None:

@@ -15,11 +15,12 @@ from clipft.data.index import index_text, parse_index, refuse_damage
 from clipft.data.progress import Progress
 from clipft.data.remote.addresses import PIPE, name_of, shown
 from clipft.data.remote.body import Fault
-from clipft.data.remote.cache import Cache, DownloadFailed, Remote, RemoteShard
+from clipft.data.remote.cache import Cache, DownloadFailed, Remote, RemoteShard, settled
 from clipft.data.remote.fetch import NotFetched, Patience, fetch_small, open_body
 from clipft.data.shard import ShardIndex
 from clipft.data.workers import map_items
 from clipft.files import replace_file, user_cache
+from clipft.report import megabytes
 
 AT_ONCE = 8  # small files
 READERS = 4  # processes that read whole shards
@@ -58,12 +59,7 @@ def learn(remote: Remote, workers: int | None = None, again: bool = False) -> li
 def at_once(function: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """The function's result for each item; it waits for a server most of the time."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        return list(pool.map(function, items))
 
 
 def known(shard: RemoteShard, patience: Patience, again: bool) -> RemoteShard | None:
@@ -82,12 +78,6 @@ def known(shard: RemoteShard, patience: Patience, again: bool) -> RemoteShard | 
     found = settled(replace(shard, size=index.size, index=index))
     write_record(found, None)
     return found
-
-
-def settled(shard: RemoteShard) -> RemoteShard:
-    """The shard with the time in its index that its file in the cache bears."""
-    assert shard.index is not None
-    return replace(shard, index=replace(shard.index, mtime_ns=shard.mtime_ns))
 
 
 def is_sound(index: ShardIndex) -> bool:
@@ -160,23 +150,23 @@ def read_whole(cache: Cache, shards: list[RemoteShard], workers: int) -> list[Re
         raise ValueError(f"{shown(refused[0][0].address)} cannot be read: {refused[0][1]}{several}")
     print(announced(shards, told, cache), file=sys.stderr, flush=True)
     sizes = [each.size for each in told]
-    megabytes = [max(1, round(size / 1e6)) for size in sizes if size is not None]
-    whole = len(megabytes) == len(shards)
-    progress = Progress("reading", "MB", sum(megabytes)) if whole else Progress("reading", "shards", len(shards))
+    amounts = [max(1, round(size / 1e6)) for size in sizes if size is not None]
+    whole = len(amounts) == len(shards)
+    progress = Progress("reading", "MB", sum(amounts)) if whole else Progress("reading", "shards", len(shards))
     jobs = list(zip(shards, told, strict=True))
     return map_items(
-        partial(read_one, cache=cache), jobs, workers, progress, "data.workers", megabytes if whole else None
+        partial(read_one, cache=cache), jobs, workers, progress, "data.workers", amounts if whole else None
     )
 
 
 def announced(shards: list[RemoteShard], told: list[Told], cache: Cache) -> str:
     """What is about to be read, and why."""
     sizes = [each.size for each in told if each.size is not None]
-    size = f"{sum(sizes) / 1e6:,.1f} MB" + ("" if len(sizes) == len(told) else " or more") if sizes else "size unknown"
+    size = megabytes(sum(sizes)) + ("" if len(sizes) == len(told) else " or more") if sizes else "size unknown"
     count = f"{len(shards)} shard{'s' if shards[1:] else ''}"
     return (
         f"{count} ({size}) without index, the first is {shown(shards[0].address)}: read whole once, into "
-        f"{cache.folder} (at most {cache.limit / 1e6:,.1f} MB are kept there); their indexes are kept in "
+        f"{cache.folder} (at most {megabytes(cache.limit)} are kept there); their indexes are kept in "
         f"{user_cache() / 'index'}"
     )
 

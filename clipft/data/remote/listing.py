@@ -10,7 +10,7 @@ from urllib.parse import quote
 from braceexpand import braceexpand
 
 from clipft.config import DataConfig, num_bytes
-from clipft.data.manifest import MANIFEST, Listed, listed_shards
+from clipft.data.manifest import MANIFEST, SMALL_FILES, Listed, listed_shards
 from clipft.data.names import SPLIT_OF, SPLITS, natural, sorted_by_split
 from clipft.data.remote.addresses import (
     PACKAGES,
@@ -26,8 +26,6 @@ from clipft.data.remote.cache import Cache, Remote, RemoteShard, place_in
 from clipft.data.remote.fetch import NotFetched, Patience, fetch_small
 from clipft.files import replace_file, user_cache
 from clipft.report import RunFailed
-
-SMALL = (MANIFEST, "classnames.txt", "zeroshot_classification_templates.txt")
 
 
 def remote_of(config: DataConfig, patience: Patience | None = None) -> Remote:
@@ -166,7 +164,7 @@ def mirror(address: str, remote: Remote) -> Path:
     if address in remote.mirrored:
         return home
     home.mkdir(parents=True, exist_ok=True)
-    for name in SMALL:
+    for name in SMALL_FILES:
         try:
             raw = fetch_small(address + name, remote.cache.patience, partial(cut_off, name))
         except NotFetched as error:
