@@ -119,15 +119,17 @@ def full_length_batch(clip: Clip, pairs: int) -> Batch:
     )
 
 
-def num_workers(asked: int | None, ranks: Ranks, clip: Clip, pairs: int) -> int:
-    """Loader processes of this rank, each with batches of so many pairs ahead.
+def num_workers(asked: int | None, ranks: Ranks, clip: Clip, pairs: int, measured: int) -> int:
+    """Loader processes of this rank, each with batches ahead: of so many pairs to train, or images to measure.
 
-    All its cores but the one that trains, or as many as there is host memory for: a batch of 32k images takes 5 GB.
+    All its cores but the one that trains, or as many as there is host memory for: a batch of 32k images takes 5 GB to
+    train with, and four times that to measure, where open_clip's transform gives floats.
     """
     if asked is not None:
         return asked
     wanted = min(MOST_WORKERS, ranks.cores() - 1)
-    ahead = (PREFETCH + 1) * pairs * 3 * clip.side**2  # with the one that is being made
+    largest = max(pairs, FLOAT_BYTES * measured) * 3 * clip.side**2
+    ahead = (PREFETCH + 1) * largest  # with the one that is being made
     room = LOADER_SHARE * host_memory() / ranks.local_world
     return wanted if room >= wanted * ahead else max(1, int(room // ahead))
 

@@ -164,7 +164,7 @@ class DataConfig:
     flip_prob: float | None = None
     """Chance of a horizontal flip; null: as data.augment says. Captions say left and right."""
     workers: int | None = None
-    """Loader processes per rank; null: the cores of a rank less one, at most 16."""
+    """Loader processes per rank; null: its cores less one, at most 16 and what a quarter of the memory holds."""
     max_pixels: int = 64_000_000
     """Images with more pixels are dropped before they are decoded."""
     text_errors: str = "strict"

@@ -26,7 +26,7 @@ from clipft.judge.evaluate import Evaluation, Task, build_task, embed, in_words,
 from clipft.judge.table import print_results
 from clipft.learn.memory import is_out_of_memory
 from clipft.model.load import Clip
-from clipft.plan import Steps, other_data
+from clipft.plan import Steps
 from clipft.ranks import Ranks
 from clipft.report import RunFailed
 from clipft.rundir import read_results, what_matters, write_results
@@ -131,10 +131,10 @@ def validation(splits: Splits, measure: Measure, select: str) -> Callable[[], di
     return validate
 
 
-def report_tasks(config: Config, splits: Splits, clip: Clip) -> list[tuple[str, Task]]:
-    """What the before/after table is made on, with the split: the data, eval.also, what the base was trained on."""
+def report_tasks(splits: Splits, others: list[DataConfig], clip: Clip) -> list[tuple[str, Task]]:
+    """What the before/after table is made on, with the split: the run's data, and the others (plan.other_data)."""
     tasks: dict[str, tuple[str, Task]] = {}
-    for each in [splits, *(load_splits(data) for data in other_data(config)[0])]:
+    for each in [splits, *(load_splits(data) for data in others)]:
         split, samples = reported(each)
         if each.name not in tasks:
             task = build_task(each.name, samples, each.classnames, each.templates, clip.tokenize, each.text_errors)

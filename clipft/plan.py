@@ -270,7 +270,7 @@ def plan_lines(
         f"data    {splits.name}: {sizes}{pairs}",
         *(f"        {note}" for note in [*splits.notes, *data_notes(config, order)]),
         f"model   {clip.name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.1f}M trainable",
-        *(f"        {note}" for note in [*clip.notes, *other_data(config)[1], *model_notes(config, clip.model)]),
+        *(f"        {note}" for note in [*clip.notes, *model_notes(config, clip.model)]),
         *(f"{'' if number else 'tune':<8}{line}" for number, line in enumerate(table)),
         f"steps   {steps.total:,} of {batch} pairs, {'' if isinstance(order, Mix) else f'{epoch}, '}"
         f"warm-up {steps.warmup:,}, lr {config.optim.lr:.1e}, ln(B) {math.log(batch):.3f}",

@@ -49,7 +49,7 @@ from clipft.model.reach import freeze_unreached
 from clipft.model.sources import RUN_CONFIG, starts_random
 from clipft.model.tune import freeze, lr_multipliers
 from clipft.model.weights import load_exactly, read_checkpoint
-from clipft.plan import Steps, check_batch_norm, count_steps, order_of, plan_lines, units_of
+from clipft.plan import Steps, check_batch_norm, count_steps, order_of, other_data, plan_lines, units_of
 from clipft.ranks import Ranks, check_alike, first_to_all
 from clipft.report import on_the_way
 from clipft.rundir import load_config, log, read_results, write_results
@@ -88,7 +88,8 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     micro = choose_micro_batch(config, folder, ranks, clip, towers_of(clip))
     check_batch_norm(config, ranks.world, micro)
     trim = can_trim(clip.model, clip.tokenize)
-    workers = num_workers(config.data.workers, ranks, clip, largest_share(config.train.batch_size, ranks.world))
+    share = largest_share(config.train.batch_size, ranks.world)
+    workers = num_workers(config.data.workers, ranks, clip, share, config.eval.batch_size)
     wait = Wait(WAIT_FRAC * config.trainer.dist_timeout_s, stop.wish)
     measure = build_measure(config.eval, config.data, clip, ranks, trim, workers, wait)
     augment = build_augment(config.data, clip.preprocess_cfg)
@@ -98,7 +99,9 @@ def train(config: Config, folder: Path, ranks: Ranks, stop: StopRequest) -> int:
     over = is_over(config, steps, found)
     job = job if over else replace(job, kept=kept_features(job, found.path))
     validate = validation(splits, measure, config.eval.select)
-    tasks = report_tasks(config, splits, clip)
+    others, missing = other_data(config)
+    clip.notes += missing
+    tasks = report_tasks(splits, others, clip)
     plan = plan_lines(config, splits, order, steps, clip, ranks, multipliers, trim, micro, found.step)
     if ranks.first:
         replace_file(folder / RUN_CONFIG, json.dumps(description(clip), indent=2) + "\n")
@@ -152,7 +155,7 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     clip = load_model(config.model, seed=0)
     clip.model.to(ranks.device)
     trim = can_trim(clip.model, clip.tokenize)
-    workers = num_workers(config.data.workers, ranks, clip, config.batch_size)
+    workers = num_workers(config.data.workers, ranks, clip, 0, config.batch_size)
     wait = Wait(WAIT_FRAC * config.trainer.dist_timeout_s)
     measure = build_measure(config, config.data, clip, ranks, trim, workers, wait)
     task = build_task(splits.name, samples, splits.classnames, splits.templates, clip.tokenize, splits.text_errors)

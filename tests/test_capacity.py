@@ -129,7 +129,7 @@ class Numbers(Dataset):
 def test_loader_processes_and_the_batches_ahead_follow_from_the_cores(clip, monkeypatch, cores, local_world, expected):
     monkeypatch.setattr("clipft.ranks.job_cores", lambda: cores)
     here = Ranks(torch.device("cpu"), 0, local_world, local_world, "32-true")
-    assert num_workers(None, here, clip, 8) == expected and num_workers(3, here, clip, 8) == 3
+    assert num_workers(None, here, clip, 8, 2) == expected and num_workers(3, here, clip, 8, 2) == 3
     several = min(expected, 1)  # torch warns of more than there are cores
     loader = in_order(Numbers(), SequentialSampler([0]), InFlight(several), str, Wait(), several, pin=False)
     assert loader.prefetch_factor == (PREFETCH if expected else None)
@@ -141,7 +141,9 @@ def test_loader_processes_are_fewer_where_their_batches_would_fill_the_memory(cl
     monkeypatch.setattr("clipft.ranks.job_cores", lambda: 128)
     images = 1000 * 3 * 16 * 16
     monkeypatch.setattr("clipft.capacity.host_memory", lambda: 4 * 5.5 * 3 * images)
-    assert num_workers(None, Ranks(torch.device("cpu"), 0, 8, local_world, "32-true"), clip, 1000) == expected
+    ranks = Ranks(torch.device("cpu"), 0, 8, local_world, "32-true")
+    assert num_workers(None, ranks, clip, 1000, 250) == expected
+    assert num_workers(None, ranks, clip, 8, 250) == expected  # measured as floats, of four bytes each
 
 
 def test_a_disk_without_room_for_a_state_is_refused_and_a_tight_one_named(clip, tmp_path, monkeypatch):

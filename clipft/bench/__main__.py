@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes lines about each profile
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in a run
 
 from clipft.bench.report import Row, show, write
 
@@ -167,7 +168,8 @@ def step_options(parser: argparse.ArgumentParser) -> None:
 def run_step(options: Options) -> list[Row]:
     import torch
 
-    from clipft.bench.stepping import bench_step, overhead, place
+    from clipft.bench.overhead import overhead
+    from clipft.bench.stepping import bench_step, place
     from clipft.model.compiled import check_compile
     from clipft.run import quiet_libraries
 
@@ -178,7 +180,7 @@ def run_step(options: Options) -> list[Row]:
     if options.compile:
         check_compile(resident.clip, device)
     rows = bench_step(resident, options.steps, options.rounds, options.compile)
-    return [*rows, overhead(place("tiny", 8, device, "32-true"), options.overhead_steps, options.rounds)]
+    return [*rows, *overhead(place("tiny", 8, device, "32-true"), options.overhead_steps, options.rounds)]
 
 
 def start_options(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipft.bench.report import Row, ratios, spread
+from clipft.bench.report import Row, ratios
 from clipft.bench.shards import draw_captions
 from clipft.config import Every, LossConfig, ModelConfig, OptimConfig
 from clipft.data.loader import Batch
@@ -42,7 +42,7 @@ from clipft.model.load import Clip, load_model
 from clipft.ranks import Ranks
 
 LR, NEVER = 1e-5, 1 << 40
-UNTIMED = 2  # steps of a run: the first one warms up, the last one is validated and saved
+UNTIMED = 2  # steps of a run: the first one warms up, the last one is written down
 # Dense bf16 of data sheets, in TFLOP/s, the first that fits the device's name; other devices have no MFU here.
 PEAKS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 Run = Callable[["Resident", int], list[float]]
@@ -103,15 +103,6 @@ def bench_step(resident: Resident, steps: int, rounds: int, compiled: bool = Fal
     return rows
 
 
-def overhead(resident: Resident, steps: int, rounds: int) -> Row:
-    """What a step of ours takes longer than the same maths in a bare loop, in milliseconds."""
-    gaps = []
-    for _ in range(rounds):
-        mine, bare = ours(resident, steps), plain_with_our_encoders(resident, steps)
-        gaps.append(1000 * (median(mine) - median(bare)))
-    return {"what": f"step overhead, {resident.clip.name}, batch {resident.size}", "ms a step": spread(gaps)}
-
-
 def flops(resident: Resident, run: Run, seconds: float) -> Row:
     """Counted FLOPs of one step, as it executes them, and its share of the device's bf16 peak."""
     with FlopCounterMode(display=False) as counter:
@@ -156,18 +147,20 @@ def train(
     folder: Path,
     num_steps: int,
     *,
+    lr: float = LR,
+    batches: Iterable[Batch] | None = None,
     micro_batch: int | None = None,
     gather_dtype: torch.dtype | None = None,
     blocks: Blocks = AS_THEY_ARE,
     watching: Sequence[pl.Callback] = (),
 ) -> None:
-    """Steps of this rank as a run has them; each rank has a batch of the same size."""
+    """Steps of this rank as a run has them, but that no state is written; each rank has a batch of the same size."""
     plan = Plan(
         num_steps=num_steps,
         warmup_steps=0,
         batch_size=resident.size * resident.ranks.world,
         micro_batch=micro_batch or resident.size,
-        lr=LR,
+        lr=lr,
         multipliers={name: 1.0 for name, _ in resident.clip.model.named_parameters()},
         ema=None,
         seed=0,
@@ -177,18 +170,18 @@ def train(
         gather_dtype=gather_dtype,
     )
     loss, towers = build_loss("clip", "share", 0.0), towers_of(resident.clip, blocks)
-    module = ContrastiveModule(resident.clip.model, towers, loss, OptimConfig(lr=LR), plan)
+    module = ContrastiveModule(resident.clip.model, towers, loss, OptimConfig(lr=lr), plan)
     after = after_step(folder, resident, plan)
-    batches: Any = [resident.batch] * num_steps
-    loader = DataLoader(batches, batch_size=None, collate_fn=as_it_is)
+    data: Any = [resident.batch] * num_steps if batches is None else batches
+    loader = DataLoader(data, batch_size=None, collate_fn=as_it_is)
     trainer: Any = build_trainer(resident.ranks, None, after, after.saver)
     trainer.callbacks += watching
+    trainer.save_checkpoint = lambda *_: None
     trainer.fit(module, loader)
-    after.saver.wait()
 
 
 def after_step(folder: Path, resident: Resident, plan: Plan) -> AfterStep:
-    """As a run has it, but that nothing is validated or saved before the last step."""
+    """As a run has it, but that nothing is due before the last step."""
 
     def say(_: str) -> None:
         pass
@@ -215,25 +208,34 @@ def after_step(folder: Path, resident: Resident, plan: Plan) -> AfterStep:
 
 
 def plain(resident: Resident, steps: int) -> list[float]:
+    return loop(resident, plain_step(resident, LR), steps)
+
+
+def plain_with_our_encoders(resident: Resident, steps: int) -> list[float]:
+    return loop(resident, plain_step_with_our_encoders(resident, LR), steps)
+
+
+def plain_step(resident: Resident, lr: float) -> Callable[[], None]:
+    """A step as one would write it on open_clip's modules."""
     model = resident.clip.model
-    optimizer = torch.optim.AdamW(decayed(model), lr=LR, betas=(0.9, 0.98), eps=1e-6)
 
     def features() -> tuple[Tensor, Tensor]:
         image = model.encode_image(resident.pixels, normalize=True)
         return image, model.encode_text(resident.full_tokens, normalize=True)
 
-    return loop(resident, features, optimizer, steps)
+    optimizer = torch.optim.AdamW(decayed(model), lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    return bare_step(resident, features, optimizer)
 
 
-def plain_with_our_encoders(resident: Resident, steps: int) -> list[float]:
+def plain_step_with_our_encoders(resident: Resident, lr: float) -> Callable[[], None]:
     """The maths of ours: cut captions, narrow last blocks, fused AdamW."""
     model = resident.clip.model
-    optimizer = torch.optim.AdamW(decayed(model), lr=LR, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
     def features() -> tuple[Tensor, Tensor]:
         return encode_image(model, resident.pixels), encode_text(model, resident.batch.tokens, trim=False)
 
-    return loop(resident, features, optimizer, steps)
+    optimizer = torch.optim.AdamW(decayed(model), lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return bare_step(resident, features, optimizer)
 
 
 def decayed(model: torch.nn.Module) -> list[dict]:
@@ -245,22 +247,30 @@ def decayed(model: torch.nn.Module) -> list[dict]:
     ]
 
 
-def loop(
-    resident: Resident, features: Callable[[], tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, steps: int
-) -> list[float]:
+def bare_step(
+    resident: Resident, features: Callable[[], tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer
+) -> Callable[[], None]:
     from open_clip import ClipLoss
 
     model, loss = resident.clip.model, ClipLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with resident.ranks.autocast():
+            image, text = features()
+        loss(image.float(), text.float(), model.logit_scale.exp()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=4.6052)
+
+    return step
+
+
+def loop(resident: Resident, step: Callable[[], None], steps: int) -> list[float]:
     with step_clock(resident.ranks.device) as clock:
         for _ in range(steps + UNTIMED):
-            optimizer.zero_grad()
-            with resident.ranks.autocast():
-                image, text = features()
-            loss(image.float(), text.float(), model.logit_scale.exp()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=4.6052)
+            step()
     return clock()[:-1]
 
 

@@ -22,6 +22,7 @@ from clipft.data.remote.cache import Remote
 from clipft.data.remote.indexes import learn
 from clipft.data.remote.listing import expand_remote, home_of_remote, is_folder, mirror, read_remote, remote_of
 from clipft.data.sample import printable
+from clipft.report import megabytes
 
 VAL_FRAC = 0.05
 NORMAL = ("folder", "meta")  # members without a sample that need no mention
@@ -299,8 +300,8 @@ def elsewhere(remote: Remote) -> list[str]:
     if not remote.shards:
         return []
     size = sum(shard.index.size for shard in remote.shards.values() if shard.index)
-    where = printable(f"{remote.cache.folder}, at most {remote.cache.limit / 1e6:,.1f} MB (data.cache_size)")
-    return [f"{counted(len(remote.shards), 'shard')} of {size / 1e6:,.1f} MB lie elsewhere and come by way of {where}"]
+    where = printable(f"{remote.cache.folder}, at most {megabytes(remote.cache.limit)} (data.cache_size)")
+    return [f"{counted(len(remote.shards), 'shard')} of {megabytes(size)} lie elsewhere and come by way of {where}"]
 
 
 def counted_samples(paths: list[str], remote: Remote) -> Samples:

@@ -28,6 +28,7 @@ from clipft.data.split import (
 )
 from clipft.data.workers import map_items, num_workers
 from clipft.files import replace_file
+from clipft.report import megabytes
 
 UNLISTED = "unlisted"  # row of the table for tars beside shards.json that it does not name
 
@@ -208,7 +209,3 @@ def refuse(report: Report, max_bad_frac: float) -> None:
 
 def table_row(split: str, cells: Iterable[str]) -> str:
     return f"{split:<10} " + " ".join(f"{cell:>10}" for cell in cells)
-
-
-def megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

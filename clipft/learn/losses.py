@@ -22,7 +22,7 @@ Gather = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Unit-norm fp32 features of pairs; `ids` name the pairs that are positives of each other."""
+    """Unit-norm fp32 features of pairs; `ids`, 0 or more, name the pairs that are positives of each other."""
 
     image: Float[Tensor, "n D"]
     text: Float[Tensor, "n D"]
@@ -223,10 +223,9 @@ def _sigmoid_sums(rows: Float[Tensor, "2 b D"], tiles: Tiles, bias: Float[Tensor
 
 def num_positives(some: Pairs, everyone: Pairs) -> Float[Tensor, " n"]:
     """|P(i)| of some of the pairs, without waiting for the device; 1 for those that are not valid."""
-    ids, order = everyone.ids.sort()
-    below = F.pad(everyone.valid[order].cumsum(0), (1, 0))  # valid ones among the first k ids
+    ids = everyone.ids.masked_fill(~everyone.valid, -1).sort().values
     first, stop = (torch.searchsorted(ids, some.ids, right=right) for right in (False, True))
-    return (below[stop] - below[first]).masked_fill(~some.valid, 1).to(some.image.dtype)
+    return (stop - first).masked_fill(~some.valid, 1).to(some.image.dtype)
 
 
 def num_counted(some: Pairs, everyone: Pairs, mask: bool) -> Float[Tensor, " n"]:

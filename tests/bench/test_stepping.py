@@ -1,12 +1,17 @@
 """bench step: the loops do the same maths, and what they take is counted."""
 
+from collections import Counter
+from functools import partial
+from random import Random
+
 import pytest
 import torch
 from open_clip import ClipLoss
 from torch import nn
 
 from clipft.bench import stepping
-from clipft.bench.stepping import bench_step, loop, overhead, place, plain, plain_with_our_encoders, step_clock
+from clipft.bench.overhead import WARM_UP, in_turns, overhead
+from clipft.bench.stepping import bare_step, bench_step, loop, place, plain, plain_with_our_encoders, step_clock
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")  # in Lightning
@@ -69,9 +74,26 @@ def test_a_row_for_each_loop_with_counted_flops(resident):
 
 
 def test_overhead_is_a_difference_of_medians_in_milliseconds(resident):
-    row = overhead(resident, steps=2, rounds=2)
-    assert row["what"] == "step overhead, tiny, batch 4"
-    assert row["ms a step"].min <= row["ms a step"].median <= row["ms a step"].max
+    before = weights(resident)
+    rows = overhead(resident, steps=2, rounds=2)
+    assert [row["what"].split(": ")[1] for row in rows] == [
+        "ours beyond plain loop",
+        "ours beyond plain loop, our encoders",
+        "that loop beyond itself",
+    ]
+    for row in rows:
+        assert row["ms beyond"].min <= row["ms beyond"].median <= row["ms beyond"].max < row["ms a step"]
+    after = weights(resident)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)  # each step has the same work
+
+
+def test_ours_and_each_loop_take_a_step_in_every_turn(resident):
+    steps = Counter()
+    bare = {name: partial(steps.update, [name]) for name in ("one", "other")}
+    seconds = in_turns(resident, 4, bare, Random(0))
+    assert {name: len(each) for name, each in seconds.items()} == {"ours": 4, "one": 4, "other": 4}
+    assert abs(steps["one"] - steps["other"]) <= 1 and steps["one"] >= 4 + WARM_UP
+    assert min(seconds["ours"]) > max(seconds["one"])  # which only counts
 
 
 def test_the_clock_marks_each_optimizer_step_and_only_inside_its_block():
@@ -95,5 +117,6 @@ def test_the_plain_loop_is_open_clips(resident):
         seen.append(model.encode_text(resident.full_tokens, normalize=True).shape)
         return image, model.encode_text(resident.full_tokens, normalize=True)
 
-    loop(resident, features, torch.optim.SGD(resident.clip.model.parameters(), lr=0.0), 1)
+    optimizer = torch.optim.SGD(resident.clip.model.parameters(), lr=0.0)
+    loop(resident, bare_step(resident, features, optimizer), 1)
     assert len(seen) == 3
