@@ -78,10 +78,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def count(text: str) -> int:
+    """Of what there must be one at least."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be 1 or more")
+    return int(text)
+
+
 def data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024], help="widths of the source photos")
-    parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", type=count, nargs="+", default=[256, 512, 1024], help="widths of the source photos")
+    parser.add_argument("--samples", type=count, default=96)
+    parser.add_argument("--rounds", type=count, default=5)
 
 
 def run_data(options: Options) -> list[Row]:
@@ -91,9 +98,9 @@ def run_data(options: Options) -> list[Row]:
 
 
 def loss_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batches", type=int, nargs="+", default=[1 << k for k in range(10, 17)])
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 8, 64], help="numbers of ranks")
-    parser.add_argument("--width", type=int, default=768, help="of the features")
+    parser.add_argument("--batches", type=count, nargs="+", default=[1 << k for k in range(10, 17)])
+    parser.add_argument("--worlds", type=count, nargs="+", default=[1, 8, 64], help="numbers of ranks")
+    parser.add_argument("--width", type=count, default=768, help="of the features")
     parser.add_argument("--max-s", type=float, default=60.0, help="what would take longer is computed")
 
 
@@ -107,18 +114,18 @@ def run_loss(options: Options) -> list[Row]:
 
 def train_options(parser: argparse.ArgumentParser) -> None:
     run_options(parser, model="ViT-B-32", batch=32, rounds=3)
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--warm-up", type=count, default=2, help="steps before the clock starts")
+    parser.add_argument("--steps", type=count, default=5, help="steps that are timed")
 
 
 def run_options(parser: argparse.ArgumentParser, model: str, batch: int, rounds: int) -> None:
     parser.add_argument("--model", default=model, help="architecture")
-    parser.add_argument("--batch-size", type=int, default=batch)
-    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--batch-size", type=count, default=batch)
+    parser.add_argument("--rounds", type=count, default=rounds)
     parser.add_argument("--workers", type=int, default=1, help="loader processes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--data", help="packed set whose images and first captions are used; drawn ones without")
-    parser.add_argument("--side", type=int, default=512, help="width of the drawn photos")
+    parser.add_argument("--side", type=count, default=512, help="width of the drawn photos")
 
 
 def run_train(options: Options) -> list[Row]:
@@ -157,12 +164,14 @@ def prepared(options: Options, folder: Path, steps: int):
 
 def step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="ViT-B-32", help="architecture")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=count, default=32)
+    parser.add_argument("--steps", type=count, default=3)
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="default: bf16-mixed on cuda")
     parser.add_argument("--compile", action="store_true", help="also ours with train.compile")
-    parser.add_argument("--overhead-steps", type=int, default=500, help="of the tiny model, to tell what a step costs")
+    parser.add_argument(
+        "--overhead-steps", type=count, default=500, help="of the tiny model, to tell what a step costs"
+    )
 
 
 def run_step(options: Options) -> list[Row]:
@@ -195,15 +204,15 @@ def run_start(options: Options) -> list[Row]:
 
 
 def scale_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks, on this CPU")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs in the global batch")
+    parser.add_argument("--worlds", type=count, nargs="+", default=[1, 2, 4], help="numbers of ranks, on this CPU")
+    parser.add_argument("--batch-size", type=count, default=16, help="pairs in the global batch")
 
 
 def run_scale(options: Options) -> list[Row]:
     from clipft.bench.scaling import bench_scale
 
     for world in options.worlds:
-        if world < 1 or options.batch_size % world:
+        if options.batch_size % world:
             build_parser().error(f"--batch-size {options.batch_size} does not come out even on --worlds {world}")
     return bench_scale(options.worlds, options.batch_size)
 

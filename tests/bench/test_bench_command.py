@@ -28,6 +28,14 @@ def test_what_is_no_benchmark_ends_with_2(words, capsys):
     assert ended.value.code == 2 and "usage: python -m clipft.bench" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["train", "--warm-up", "0"], ["step", "--rounds", "-1"], ["data", "--sides", "x"]])
+def test_counts_are_at_least_one(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert f"argument {words[1]}: {words[2]!r} must be 1 or more" in capsys.readouterr().err
+
+
 def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,13 @@ def track(tmp_path: Path, logger: str) -> None:
     log_end(each, RESULTS, retrieved())
 
 
+def wait_for(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_without_a_logger_there_is_none(tmp_path):
     assert build_loggers(config("none"), tmp_path) == []
 
@@ -49,7 +58,9 @@ def test_without_a_logger_there_is_none(tmp_path):
 def test_wandb_without_a_key_leaves_an_offline_run_with_both_tables(tmp_path):
     track(tmp_path, "wandb")
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert next(run.glob("*.wandb")).stat().st_size > 1000  # what `wandb sync` uploads
+    wait_for(
+        lambda: next(run.glob("*.wandb")).stat().st_size > 1000
+    )  # what `wandb sync` uploads; its service writes it
     tables = {path.name.split("_")[0]: json.loads(path.read_text()) for path in run.rglob("*.table.json")}
     assert tables["results"] == {
         "columns": ["metric", "base", "best", "last"],

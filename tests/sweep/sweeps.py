@@ -66,10 +66,10 @@ class Command:
         out, err = read(self.notes / "stdout"), read(self.notes / "stderr")
         return Swept(self.folder, self.notes, code, out, err, left)
 
-    def wait_for(self, text: str) -> None:
-        """Returns when the command has printed it."""
+    def wait_for_fault(self) -> None:
+        """Returns when the first fault has struck."""
         deadline = time.monotonic() + LIMIT_S
-        while text not in read(self.notes / "stdout"):
+        while not read(self.notes / "struck"):
             assert time.monotonic() < deadline and self.process.is_alive(), read(self.notes / "stderr")
             time.sleep(0.02)
 

@@ -187,7 +187,7 @@ def test_a_stop_reaches_the_trials_of_a_launcher_too(root, number, code, to_all)
 
 def test_two_sweeps_do_not_share_a_folder(root):
     first = start(root, "shared", "optim.lr=0.01,0.02", faults=(Fault(0, 3, lambda module, batch: signal.pause()),))
-    first.wait_for("trial 0")
+    first.wait_for_fault()
     second = sweep(root, "shared", "optim.lr=0.01,0.02")
     first.process.kill()
     assert second.code == 2 and "by another process" in second.stderr, read(first.notes / "stderr")
