@@ -105,10 +105,10 @@ class Waiting(Iterator[Any]):
             self.waits = False
             return batch
         except RunFailed:
-            self._kill_workers()
+            kill_workers(self.loader.in_flight)
             raise
         except Leave:
-            self._kill_workers()
+            kill_workers(self.loader.in_flight)
             assert self.wait.leave is not None
             self.wait.leave()
             raise StopIteration from None
@@ -137,17 +137,6 @@ class Waiting(Iterator[Any]):
             start = "\r\x1b[K" if sys.stderr.isatty() else ""  # over a line of progress that is drawn there
             print(f"{start}warning: {self._said(silent_s)}", file=sys.stderr, flush=True)
 
-    def _kill_workers(self) -> None:
-        """Ends the loader's processes: one that stands still hears nothing else, and would be waited for at the end."""
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises over each
-        pids = set(self.loader.in_flight.slots[:, 0].tolist())
-        children = [child for child in active_children() if child.pid in pids]
-        for child in children:
-            child.kill()
-        for child in children:
-            child.join(KILLED_S)
-        signal.signal(signal.SIGCHLD, before)
-
     def _said(self, silent_s: float) -> str:
         """Which process reads what since when, or stands still."""
         in_flight, now, found = self.loader.in_flight, time.monotonic(), []
@@ -158,6 +147,18 @@ class Waiting(Iterator[Any]):
                 found.append(f"process {pid} is {state}{where}")
         which = ", ".join(found) or "none of them is at a sample"
         return f"no batch came and no loader process got any further for {silent_s:.0f} s: {which}"
+
+
+def kill_workers(in_flight: InFlight) -> None:
+    """Ends a loader's processes: one that stands still hears nothing else, and would be waited for at the end."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises over each
+    pids = set(in_flight.slots[:, 0].tolist())
+    children = [child for child in active_children() if child.pid in pids]
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(KILLED_S)
+    signal.signal(signal.SIGCHLD, before)
 
 
 def state_of(pid: int) -> str:
@@ -177,6 +178,7 @@ def naming_lost_workers(loader: WaitingLoader) -> Iterator[None]:
         said = lost_worker(loader, error)
         if said is None:
             raise
+        kill_workers(loader.in_flight)  # torch could raise over the dead one again, wherever this process is then
         raise RunFailed(said) from error
 
 

@@ -29,7 +29,7 @@ from clipft.data.index import Samples, index_shards
 from clipft.data.loader import Batch, eval_images, train_loader
 from clipft.data.order import Shuffle, permutation
 from clipft.data.pairs import Units, build_units
-from clipft.data.waiting import Wait, WaitingLoader, lost_worker, naming_lost_workers
+from clipft.data.waiting import Wait, WaitingLoader, lost_worker, naming_lost_workers, state_of
 from clipft.report import RunFailed
 
 STRONG = Augment(16, 0.9, 5.0, 0.5, "bicubic", "shortest", (0, 0, 0))
@@ -451,6 +451,7 @@ def test_a_worker_that_dies_is_reported_with_the_sample_that_it_read(
     ):
         with pytest.raises(RunFailed, match=r"died \(.+\) while it read 000/00013\."), naming_lost_workers(loader):
             list(loader)
+        assert not any(state_of(pid) for pid in loader.in_flight.slots[:, 0].tolist())  # none is left, nor a zombie
     assert time.monotonic() - began < 60  # torch looks every 5 s; without its help the loader would wait for ever
 
 
