@@ -157,9 +157,9 @@ class ContrastiveModule(pl.LightningModule):
 
         With a scaler (fp16) Lightning finds the same by the scaler's own look at the gradients.
         """
-        if skipped.device.type != "cpu" and skips_by_itself(optimizer.optimizer):
+        if skips_by_itself(optimizer.optimizer):
             optimizer.optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
-        elif self._scaler() is None and bool(skipped):  # decided on the host, which waits for the device
+        elif self._scaler() is None and bool(skipped):  # the others decide on the host, which waits for the device
             return
         optimizer.step()
 

@@ -54,6 +54,16 @@ def fill(disk: Path, leave: int = 0) -> Action:
     return take
 
 
+def when_saved(do: Action) -> Action:
+    """Does it when nothing is being written: an old state that is removed meanwhile makes room."""
+
+    def wait(module, batch) -> None:
+        module.trainer.strategy.checkpoint_io.wait()
+        do(module, batch)
+
+    return wait
+
+
 def empty(disk: Path) -> Action:
     return lambda module, batch: (disk / "filler").unlink()
 
@@ -69,7 +79,7 @@ def test_a_disk_without_room_for_a_state_is_refused_at_the_start(make, calm, dis
 
 
 def test_a_disk_that_fills_up_stops_the_run_after_three_saves_and_room_lets_it_go_on(make, calm, disk):
-    ended = go(on(disk, make("fills")), Fault(0, 5, fill(disk)))
+    ended = go(on(disk, make("fills")), Fault(0, 5, when_saved(fill(disk))))
     for step in (6, 8, 10):
         assert f"The state of step {step} was not saved" in ended.stderr
     assert "the newest whole state is step 4" in ended.last_line
@@ -79,14 +89,14 @@ def test_a_disk_that_fills_up_stops_the_run_after_three_saves_and_room_lets_it_g
 
 
 def test_a_last_state_that_cannot_be_saved_fails_the_run(make, calm, disk):
-    ended = go(on(disk, make("late")), Fault(0, 13, fill(disk)))
+    ended = go(on(disk, make("late")), Fault(0, 13, when_saved(fill(disk))))
     assert "The state of step 14 was not saved" in ended.last_line
     (disk / "filler").unlink()
     check(ended, 1, calm())
 
 
 def test_a_disk_that_is_full_for_a_while_costs_states_and_no_row(make, calm, disk):
-    ended = go(on(disk, make("while")), Fault(0, 5, fill(disk)), Fault(0, 9, empty(disk)))
+    ended = go(on(disk, make("while")), Fault(0, 5, when_saved(fill(disk))), Fault(0, 9, empty(disk)))
     assert "rows wait in memory" in ended.stderr and "The state of step 8 was not saved" in ended.stderr
     check(ended, 0, calm())
 

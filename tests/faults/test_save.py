@@ -49,7 +49,7 @@ def save_states(folder: Path, first: int, kill_at: int) -> None:
             "state_dict": {name: torch.full_like(value, step) for name, value in weights.items()},
             "optimizer_states": [],
             "clipft": {"step": step, "best_step": step - step % 2, "ledger": {"used": step, "dropped": {}}}
-            | {"best_value": 0.5, "select": "mean_recall@1"},
+            | {"best_value": 0.5, "select": "mean_recall@1", "since_best": step % 2, "trained_by": {}},
         }
         saver = Saver(2, {}, print)
         saver.save_checkpoint(state, step_path(folder, step))
