@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from alone import alone
 
 from clipft.bench.__main__ import build_parser, main
 from clipft.bench.report import Spread
@@ -36,6 +37,7 @@ def test_targets_are_read_from_the_tables_and_left_open_where_a_table_has_no_fig
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it
+@alone
 def test_a_compiled_step_executes_the_flops_of_a_plain_one_at_the_length_of_its_bucket():
     from clipft.bench.stepping import bench_step, place
     from clipft.run import quiet_libraries
