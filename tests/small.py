@@ -4,6 +4,8 @@ import csv
 import hashlib
 import io
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,11 @@ def outcome(path: Path) -> dict[str, Any]:
     names = (str(file.relative_to(path)) for file in path.rglob("*"))
     files = sorted(name for name in names if "wandb" not in name and name != ".lock")
     return {"rows": rows, "results": results, "weights": weights.hexdigest(), "files": files}
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    """Returns when it is so."""
+    deadline = time.monotonic() + 90
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,7 @@ import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
 from shards import jpeg, pairs, write_tar
-from small import RESNET_CFG, make_config, make_data, make_model, make_world, outcome, train_here
+from small import RESNET_CFG, make_config, make_data, make_model, make_world, outcome, train_here, wait_for
 
 from clipft import fit, run
 from clipft.config import Config, ExportConfig, OptimConfig
@@ -312,13 +311,6 @@ def command(config: Config, *overrides: str) -> list[str]:
     arguments = [f"model={config.model.name}", f"data.path={config.data.path}", f"runs_dir={config.runs_dir}"]
     arguments += [f"name={config.name}", "train.batch_size=8", "eval.every=100000", *overrides]
     return [sys.executable, str(Path(__file__).parent.parent / "train.py"), *arguments]
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def is_free(path: Path) -> bool:

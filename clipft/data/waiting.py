@@ -178,7 +178,8 @@ def naming_lost_workers(loader: WaitingLoader) -> Iterator[None]:
         said = lost_worker(loader, error)
         if said is None:
             raise
-        kill_workers(loader.in_flight)  # torch could raise over the dead one again, wherever this process is then
+        if current_thread() is main_thread():  # where torch could raise over the dead one again, at any later time
+            kill_workers(loader.in_flight)
         raise RunFailed(said) from error
 
 

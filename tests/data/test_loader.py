@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from multiprocessing import active_children
@@ -467,6 +468,19 @@ def test_a_worker_that_dies_between_samples_is_reported_without_one(samples: Sam
         with pytest.raises(RuntimeError) as raised, naming_lost_workers(loader):
             raise other
         assert raised.value is other
+
+
+def test_a_lost_worker_is_named_in_any_thread(samples: Samples):
+    """Signal handlers, which torch has one of, belong to the main thread."""
+    loader = loader_of(samples, workers=1)
+    cast(Any, loader.dataset).in_flight.slots[:] = torch.tensor([[22, 4]])
+
+    def lose() -> None:
+        with naming_lost_workers(loader):
+            raise RuntimeError("DataLoader worker (pid(s) 22) exited unexpectedly")
+
+    with ThreadPoolExecutor(1) as threads, pytest.raises(RunFailed, match=samples.key(4)):
+        threads.submit(lose).result()
 
 
 def stand_still_at(number: int) -> Callable[..., Any]:

@@ -2,12 +2,11 @@
 
 import json
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small import wait_for
 
 from clipft.config import Config, ModelConfig
 from clipft.learn import loggers
@@ -42,13 +41,6 @@ def track(tmp_path: Path, logger: str) -> None:
     (each,) = build_loggers(config(logger), tmp_path)
     each.log_metrics({"train/loss": 1.5}, 1)
     log_end(each, RESULTS, retrieved())
-
-
-def wait_for(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_without_a_logger_there_is_none(tmp_path):
